@@ -1,0 +1,1 @@
+"""Jobs are YAML files; this package only carries them."""

@@ -1,0 +1,1 @@
+"""Plans and drives: what runs when and where, and what is kept."""

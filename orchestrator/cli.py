@@ -1,0 +1,331 @@
+"""The `diffpruning` command. Results go to stdout (one JSON document with --json), everything else to stderr.
+
+Exit codes: 0 ok, 1 failure, 2 usage or configuration, 3 budget unreachable, 4 verification mismatch, 130 interrupt.
+Imports of torch, ray and diffusers stay inside the commands, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from workers.contracts import InputError, RunFailed, VerificationError
+
+STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
+
+EXIT_CODES = """
+\b
+Exit codes:
+  0    ok
+  1    a run failed; the message says how to go on
+  2    usage or configuration
+  3    a budget cannot be reached
+  4    a published file is not what its manifest says
+  130  interrupted; the same command continues
+"""
+
+
+class Command(click.Group):
+    """Turns the project's errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (InputError, RunFailed) as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted: the same command continues where this one stopped", err=True)
+            _leave(130)
+        except OSError as error:
+            from orchestrator.store import storage_error
+
+            told = storage_error(error, Path.cwd())
+            if told is None:
+                raise
+            click.echo(f"error: {told}", err=True)
+            ctx.exit(1)
+
+
+def _leave(code: int) -> None:
+    """End at once: after an interrupt, threads that wait for a trainer must not hold the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@click.group(cls=Command, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="diffpruning")
+def main() -> None:
+    """Turn a pretrained diffusion model into a mixture of efficient experts, one per interval of timesteps.
+
+    JOB is a job file, or the name of a bundled one (quickstart). Run the same command again to resume.
+    """
+
+
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the job, e.g. --set budgets.0.ratio=0.4")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def _print(value: Any, as_json: bool, text: Callable[[], str]) -> None:
+    click.echo(json.dumps(value, indent=1) if as_json else text())
+
+
+@main.command()
+@click.argument("job")
+@set_option
+@json_option
+def plan(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check a job and print its six stages: what is done, what each needs. Writes nothing."""
+    from orchestrator.config import load_job
+
+    config = load_job(job, overrides)
+    from orchestrator import planning
+
+    found = planning.describe(planning.prepare(config))
+    _print(found, as_json, lambda: _plan_text(found))
+
+
+def _plan_text(found: dict[str, Any]) -> str:
+    gpu = found["device"] != "cpu"
+    lines = [
+        f"job        {found['job']}, run folder {found['run_folder']}",
+        f"model      {found['model']['path']}: {found['model']['macs'] / 1e9:.2f} GMACs, {found['model']['params'] / 1e6:.2f}M parameters",
+        f"data       {found['data']['path']}: {found['data']['images']} images",
+        f"budgets    {', '.join('{metric} {ratio:g}'.format(**b) for b in found['budgets'])} (the smallest possible is {found['model']['smallest_ratio']:.3f})",
+        "",
+        f"{'stage':<12}{'state':<9}{'work':<20}{'per worker':<18}{'estimate':<24}taken",
+    ]
+    for s in found["stages"]:
+        worker = f"{s['cpus_per_worker']:g} CPU" + (f", {s['gpus_per_worker']:g} GPU" if s["gpus_per_worker"] and gpu else "") if s["cpus_per_worker"] else "-"
+        gpu_text = f"{s['gpu_hours']:.2g} GPU-h" + (f" or {s['cpu_core_hours']:.2g} core-h" if found["device"] == "auto" else "")
+        estimate = (gpu_text if gpu else f"{s['cpu_core_hours']:.2g} core-h") if s["cpu_core_hours"] else "seconds"
+        taken = "" if s["seconds_taken"] is None else f"{s['seconds_taken']:.0f} s"
+        lines.append(f"{s['stage']:<12}{s['state']:<9}{s['work']:<20}{worker:<18}{estimate:<24}{taken}".rstrip())
+    return "\n".join(lines)
+
+
+@main.command()
+@click.argument("job")
+@set_option
+@click.option("--only", type=click.Choice(STAGE_NAMES), help="Run one stage; those before it must be done.")
+@click.option("--redo", type=click.Choice(STAGE_NAMES), multiple=True, help="Make a stage and all after it again; what was made is set aside.")
+@click.option("--inline", is_flag=True, help="Run everything in this process, one after the other, without Ray.")
+@json_option
+def run(job: str, overrides: tuple[str, ...], only: str | None, redo: tuple[str, ...], inline: bool, as_json: bool) -> None:
+    """Run a job from similarity to registry. The same command again skips what is done and continues the rest."""
+    from orchestrator.config import load_job
+
+    config = load_job(job, overrides)
+    from rich.console import Console
+
+    from orchestrator import planning, report
+    from orchestrator.progress import ProgressView
+
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    prepared = planning.prepare(config)
+    prepared.store.claim(planning.owner(prepared.job))
+    clusters: list[Any] = []
+    with prepared.store.lock(), ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json") as view:
+
+        def cluster() -> Any:
+            clusters.append(_cluster(prepared.job, view, inline, prepared.store.folder / "ray.log"))
+            return clusters[-1]
+
+        try:
+            before = prepared.pipeline.states()
+            results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage)
+        finally:
+            for used in clusters:
+                with contextlib.suppress(Exception):
+                    used.close()
+        page = prepared.store.folder / "report.html"
+        if "publish" in results and (before["publish"] != "done" or redo or not page.exists()):
+            page = report.build(prepared)
+    published = results.get("publish", {}).get("published", {})
+    found = {"run_folder": str(prepared.store.folder), "report": str(page) if page.exists() else None, "published": published}
+    _print(found, as_json, lambda: _run_text(found))
+
+
+def _as_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _run_text(found: dict[str, Any]) -> str:
+    lines = [f"{p['reference']:<16}{name:<12}{p['path']}" for name, p in found["published"].items()]
+    if found["report"]:
+        lines.append(f"{'report':<28}{found['report']}")
+    return "\n".join(lines) or f"run folder {found['run_folder']}"
+
+
+def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
+    need = job.resources
+    if inline:
+        from orchestrator.cluster import InlineCluster, Need
+
+        device = need.device if need.device != "auto" else _device_here()
+        return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), view.update)
+    from orchestrator.ray_cluster import RayCluster
+
+    return RayCluster(
+        device=need.device,
+        cpus=need.cpus_per_worker,
+        gpus=need.gpus_per_worker,
+        workers_per_expert=need.workers_per_expert,
+        local_cpus=need.local_cpus,
+        timeout_s=need.timeout_s,
+        max_failures=need.max_failures,
+        on_progress=view.update,
+        log=log,
+    )
+
+
+def _device_here() -> str:
+    from workers.session import local_device
+
+    return local_device()
+
+
+@main.command()
+@click.argument("job")
+@set_option
+@json_option
+def status(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Where a run stands: JOB is a job file or a run folder. Reads files only."""
+    from orchestrator import status as view
+
+    found = view.read(job, overrides)
+    _print(found, as_json, lambda: view.text(found))
+
+
+@main.command(name="report")
+@click.argument("job")
+@set_option
+def report_command(job: str, overrides: tuple[str, ...]) -> None:
+    """Write the report of a finished job again, and print its path."""
+    from orchestrator.config import load_job
+
+    config = load_job(job, overrides)
+    from orchestrator import planning, report
+
+    click.echo(report.build(planning.prepare(config)))
+
+
+@main.command()
+@click.argument("model", metavar="MODEL[@alias|:version]")
+@click.option("--registry", default="registry", show_default=True, help="Folder of the registry.")
+@click.option("--steps", type=click.IntRange(1), help="Sampling steps; default: those the mixture was planned for.")
+@click.option("--scheduler", help="ddpm, ddim, dpmpp, dpmpp-karras, unipc or euler; default: the planned one.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the first image; the next has the next.")
+@click.option("--count", default=16, show_default=True, type=click.IntRange(1, 4096), help="Images to draw.")
+@click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="PNG file: a grid of all images.")
+@click.option("--device", default=None, help="cpu or cuda; default: cuda if there is one.")
+def sample(model: str, registry: str, steps: int | None, scheduler: str | None, seed: int, count: int, out: Path, device: str | None) -> None:
+    """Draw images from a published mixture."""
+    from orchestrator.registry import Registry
+
+    version = Registry(registry).resolve(model)
+    if not out.parent.is_dir():
+        raise InputError(f"--out: no such folder: {out.parent}")
+    budget = version.manifest().plan.budget
+    from workers.evaluate import write_sample_grid
+
+    write_sample_grid(str(version.path), scheduler or budget.scheduler, steps or budget.steps, range(seed, seed + count), out, device or _device_here())
+    click.echo(str(out))
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of a job file, for editors."""
+    from orchestrator.config import JobConfig
+
+    click.echo(json.dumps(JobConfig.model_json_schema(), indent=1))
+
+
+@main.group()
+def registry() -> None:
+    """Published mixtures."""
+
+
+registry_option = click.option("--registry", "uri", default="registry", show_default=True, help="Folder of the registry.")
+
+
+@registry.command(name="list")
+@click.argument("name", required=False)
+@registry_option
+@json_option
+def registry_list(name: str | None, uri: str, as_json: bool) -> None:
+    """Versions, with budget, cost and quality."""
+    from orchestrator.registry import Registry
+
+    rows = []
+    for version in Registry(uri).versions(name):
+        manifest = version.manifest()
+        mine = manifest.metrics.get(manifest.plan.budget.name, {})
+        rows.append(
+            {
+                "version": version.reference,
+                "budget": manifest.plan.budget.name,
+                "agent": manifest.plan.agent,
+                "experts": len(manifest.plan.experts),
+                "cost_ratio": round(manifest.plan.cost_ratio, 4),
+                "paired_mse": mine.get("paired_mse"),
+                "denoising_loss": mine.get("denoising_loss"),
+                "path": str(version.path),
+            }
+        )
+
+    def text() -> str:
+        if not rows:
+            return f"no versions in {uri}"
+        head = f"{'version':<18}{'budget':<12}{'agent':<10}{'experts':>8}{'cost':>8}{'paired MSE':>12}"
+        return "\n".join([head, *(f"{r['version']:<18}{r['budget']:<12}{r['agent']:<10}{r['experts']:>8}{r['cost_ratio']:>8.3f}{r['paired_mse']:>12.5f}" for r in rows)])
+
+    _print(rows, as_json, text)
+
+
+@registry.command(name="show")
+@click.argument("model", metavar="MODEL[@alias|:version]")
+@registry_option
+@json_option
+def registry_show(model: str, uri: str, as_json: bool) -> None:
+    """One version: intervals, architectures, cost, quality, where it comes from."""
+    from orchestrator import status as view
+    from orchestrator.registry import Registry
+
+    version = Registry(uri).resolve(model)
+    manifest = version.manifest()
+    _print(manifest.to_json(), as_json, lambda: view.manifest_text(version.reference, str(version.path), manifest))
+
+
+@registry.command(name="verify")
+@click.argument("model", metavar="MODEL[@alias|:version]", required=False)
+@registry_option
+@json_option
+def registry_verify(model: str | None, uri: str, as_json: bool) -> None:
+    """Check every file of one version, or of all, against its hash."""
+    from orchestrator.registry import Registry
+
+    books = Registry(uri)
+    versions = [books.resolve(model)] if model else books.versions()
+    if not versions:
+        raise InputError(f"no versions in {uri}")
+    results, errors = [], []
+    for version in versions:
+        try:
+            results.append({"version": version.reference, "ok": True, "files": books.verify(version)})
+        except VerificationError as error:
+            errors.append(str(error))
+            results.append({"version": version.reference, "ok": False, "error": str(error)})
+    _print(results, as_json, lambda: "\n".join(f"{r['version']:<18}ok, {r['files']} files" for r in results if r["ok"]) or "nothing verified")
+    if errors:
+        raise VerificationError("; ".join(errors))
+

@@ -1,0 +1,311 @@
+"""What a job may say: typed, bounded, documented. YAML + ``extends`` + ``--set a.b=c``; unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from workers.contracts import Budget, ElasticSettings, InputError, RouteSettings, TrainSettings
+
+BUNDLED = Path(__file__).resolve().parent.parent / "jobs"
+PATH_KEYS = (("model", "path"), ("data", "path"))
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Storage(Section):
+    path: str = Field("runs", min_length=1, description="Folder of run folders; a run lives in PATH/NAME. Relative to the current folder.")
+
+
+class RegistryConfig(Section):
+    path: str = Field("registry", min_length=1, description="Folder of the model registry. Relative to the current folder.")
+
+
+class Model(Section):
+    path: str = Field(min_length=1, description="Diffusers pipeline folder or Hub id. In a job file relative to that file.")
+    family: str = Field("auto", description="Model family, a file of workers/families; auto: by the class in the model's config.")
+
+
+class Data(Section):
+    path: str = Field(min_length=1, description="Image folder, Parquet (column image), or hf://datasets/ORG/NAME. In a job file relative to that file.")
+    on_error: Literal["refuse", "skip"] = Field("refuse", description="What to do with an unreadable image: stop, or leave it out and count it.")
+    resize: bool = Field(False, description="Centre-crop and resize images that have another size than the model.")
+    holdout: Count = Field(256, description="Images kept out of training, for evaluation.")
+    flip: bool = Field(False, description="Random horizontal flips in training.")
+
+
+class Similarity(Section):
+    measure: str = Field("gradient", description="How timesteps are compared: a file of workers/similarity.")
+    timesteps: int = Field(64, ge=1, description="Points of the timestep grid.")
+    images: int = Field(256, ge=2, description="Training images the comparison looks at; more make it more reliable.")
+    batch_size: Count = Field(8, description="Images per minibatch; reliability and bootstrap resample minibatches.")
+    buckets: int = Field(16384, ge=64, description="Size of the gradient sketch; its relative error is about 1/sqrt(buckets).")
+    bootstrap: int = Field(100, ge=1, description="Resamplings behind the frequency of each boundary.")
+
+
+class PartitionConfig(Section):
+    experts: Literal["auto"] | Count | list[Count] = Field("auto", description="auto, a number of experts, or the inner boundaries as a list of timesteps.")
+    penalty: float = Field(0.05, ge=0, description="auto: what one more expert must save, as a part of the cost of a single interval.")
+    max_experts: int = Field(6, ge=2, description="auto: the most experts to choose.")
+    min_timesteps: Count = Field(40, description="Shortest interval in training timesteps; 40 gives two steps of a 50-step sampler.")
+
+
+class Elastic(Section):
+    width_multiple: Count = Field(8, description="Legal inner widths are multiples of this many channels; hardware likes 8, 32 or 64.")
+    depth: bool = Field(True, description="Whole residual branches may be dropped.")
+    importance: Literal["taylor", "magnitude"] = Field("taylor", description="Order of channels: Taylor on the interval's loss, or weight norm.")
+
+
+class Training(Section):
+    steps: int = Field(ge=1, description="Optimiser steps per expert.")
+    batch_size: Count = Field(16, description="Images per step, over all workers of the expert.")
+    learning_rate: float = Field(gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of the warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the weight average that is kept; warms up with the step.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="Autocast of the training step.")
+    checkpoint_every: Count = Field(500, description="Steps between checkpoints; the most that a crash can cost.")
+    outside_fraction: Fraction = Field(0.2, description="Part of the timesteps drawn from just outside the interval.")
+    output_weight: float = Field(1.0, ge=0, description="Weight of output distillation from the dense model.")
+    feature_weight: float = Field(0.5, ge=0, description="Weight of block-feature distillation.")
+    denoising_weight: float = Field(0.1, ge=0, description="Weight of the denoising loss.")
+
+    def settings(self) -> TrainSettings:
+        return TrainSettings(**self.model_dump(include=set(Training.model_fields)))
+
+
+class Specialize(Training):
+    steps: int = Field(2000, ge=1, description="Optimiser steps per elastic expert.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
+    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside the largest and the narrowest.")
+    importance_images: Count = Field(64, description="Images behind the channel importance.")
+
+
+class Finetune(Training):
+    steps: int = Field(2000, ge=1, description="Optimiser steps per small expert.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
+    compare_uniform: bool = Field(True, description="Also fine-tune the uniform allocation of each budget, as evidence.")
+
+
+class Router(Section):
+    agents: list[str] = Field(["uniform", "greedy", "era"], min_length=1, description="Agents that search each budget: files of workers/routers.")
+    seeds: list[int] = Field([0], min_length=1, description="Seeds each agent searches with.")
+    images: int = Field(64, ge=4, description="Calibration images; half are searched on, half score the plans.")
+    era_steps: Count = Field(200, description="Training steps of the routing agent.")
+    era_batch: Count = Field(16, description="Calibration images per agent step and expert.")
+    era_learning_rate: float = Field(2e-3, gt=0, description="Learning rate of the routing agent.")
+    cost_weight: float = Field(2.0, ge=0, description="Weight of |log(cost / budget)| in the agent's loss.")
+    temperature: float = Field(0.4, gt=0, description="Gumbel temperature.")
+
+    def settings(self) -> RouteSettings:
+        return RouteSettings(**self.model_dump(exclude={"agents", "seeds"}))
+
+
+class BudgetConfig(Section):
+    metric: Literal["macs"] = Field("macs", description="What is limited: multiply-accumulates of one denoising step, schedule-weighted.")
+    ratio: float = Field(gt=0, le=1, description="The mixture's cost as a part of the dense model's.")
+
+
+class Sampler(Section):
+    scheduler: str = Field("ddim", description="Sampler whose steps weigh the cost: ddpm, ddim, dpmpp, dpmpp-karras, unipc, euler.")
+    steps: Count = Field(50, description="Sampling steps.")
+
+
+class Evaluate(Section):
+    images: Count = Field(64, description="Held-out images for the denoising loss.")
+    samples: int = Field(64, ge=1, description="Samples drawn from fixed noise, for the paired error against dense.")
+    timesteps: Count = Field(10, description="Timesteps of the denoising loss, evenly spaced.")
+    batch_size: Count = Field(16, description="Images per forward pass; does not change a number.")
+    shards: Count = Field(1, description="Workers that share the evaluation of one model; does not change a number.")
+
+
+class ResourcesConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where workers compute; auto: cuda if the cluster has GPUs.")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of every worker.")
+    gpus_per_worker: float = Field(1, gt=0, description="GPUs of every worker when the device is cuda; a fraction lets experts share one.")
+    workers_per_expert: Count = Field(1, description="Data-parallel workers per expert.")
+    local_cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray; default: all of this machine.")
+    timeout_s: float = Field(600, gt=0, description="How long an expert may wait for its workers to start.")
+    max_failures: int = Field(2, ge=0, description="Restarts of an expert after a lost worker.")
+
+
+class JobConfig(Section):
+    """One job: what to compress, with what, how small."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="Name of the run folder and of the model in the registry.")
+    seed: int = Field(0, ge=0, description="Root of all randomness.")
+    storage: Storage = Storage()
+    registry: RegistryConfig = RegistryConfig()
+    model: Model
+    data: Data
+    similarity: Similarity = Similarity()
+    partition: PartitionConfig = PartitionConfig()
+    elastic: Elastic = Elastic()
+    specialize: Specialize = Specialize()
+    router: Router = Router()
+    budgets: list[BudgetConfig] = Field(min_length=1, description="One mixture is published for each.")
+    sampler: Sampler = Sampler()
+    finetune: Finetune = Finetune()
+    evaluate: Evaluate = Evaluate()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    def budget(self, index: int) -> Budget:
+        chosen = self.budgets[index]
+        return Budget(chosen.metric, chosen.ratio, self.sampler.scheduler, self.sampler.steps)
+
+    def elastic_settings(self) -> ElasticSettings:
+        return ElasticSettings(**self.elastic.model_dump())
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.storage.path).expanduser().resolve() / self.name
+
+
+def find_job(job: str) -> Path:
+    """The job file of a path, or of the name of a bundled job. Raises: InputError."""
+    path = Path(job).expanduser()
+    if path.is_file():
+        return path.resolve()
+    bundled = BUNDLED / f"{Path(job).name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path(".") and bundled.is_file():
+        return bundled
+    known = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.yaml")))
+    raise InputError(f"no such job file: {job}; bundled jobs: {known}")
+
+
+def load_job(job: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read, extend, override and check a job. Raises: InputError, one line that names the key."""
+    path = find_job(job)
+    values = _read_layers(path, ())
+    for override in overrides:
+        _apply(values, override)
+    try:
+        config = JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path.name}: {_explain(error)}") from None
+    _check_names(config)
+    return config
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A job file merged over the files that it extends."""
+    if path in seen:
+        raise InputError(f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a job is a mapping of keys to values, not {type(values).__name__}")
+    for section, key in PATH_KEYS:
+        here = values.get(section)
+        if isinstance(here, dict) and isinstance(here.get(key), str) and (path.parent / here[key]).exists():
+            here[key] = str((path.parent / here[key]).resolve())
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise InputError(f"{path.name}: extends: no such file: {base}")
+    return _merge(_read_layers((path.parent / base).resolve(), (*seen, path)), values)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """``a.b=c`` with c read as YAML; list items by number (``budgets.0.ratio=0.4``)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override!r} is not of the form key.subkey=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {key}: {text!r} is not a YAML value") from None
+    *parents, last = key.strip().split(".")
+    here: Any = values
+    for i, part in enumerate(parents):
+        if isinstance(here, list) and part.isdecimal() and int(part) < len(here):
+            here = here[int(part)]
+        elif isinstance(here, dict):
+            if here.get(part) is None:
+                here[part] = {}
+            here = here[part]
+        else:
+            raise InputError(f"--set {key}: {'.'.join(parents[:i])} has no part {part!r}")
+    if isinstance(here, list) and last.isdecimal() and int(last) < len(here):
+        here[int(last)] = value
+    elif isinstance(here, dict):
+        if (key.strip() in ("model.path", "data.path")) and isinstance(value, str) and Path(value).expanduser().exists():
+            value = str(Path(value).expanduser().resolve())
+        here[last] = value
+    else:
+        raise InputError(f"--set {key}: {'.'.join(parents)} has no part {last!r}")
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for all mistakes, each naming its key, the value, and what would be right."""
+    lines: dict[str, str] = {}
+    for mistake in error.errors():
+        place = [str(part) for part in mistake["loc"] if not _is_union_tag(part)]
+        key = ".".join(place)
+        if mistake["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(place[-1], _keys_at(place[:-1]), n=1)
+            lines.setdefault(key, f"unknown key {key}" + (f": did you mean {near[0]}?" if near else f"; known: {', '.join(_keys_at(place[:-1]))}"))
+        elif mistake["type"] == "missing":
+            lines.setdefault(key, f"missing key {key}")
+        else:
+            text = mistake["msg"].replace("Input should be", "must be")
+            lines[key] = f"{key} is {mistake['input']!r}: {text}" if key not in lines else f"{lines[key]}, or {text}"
+    return "; ".join(lines.values())
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and (part in ("constrained-int", "int") or part.startswith(("literal[", "list[")))
+
+
+def _keys_at(place: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = JobConfig
+    for part in place:
+        field = model.model_fields.get(part)
+        if part.isdecimal():
+            continue
+        if field is None:
+            return []
+        model = BudgetConfig if part == "budgets" else field.annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _check_names(config: JobConfig) -> None:
+    """Names of files that extend the project, checked without loading any of them."""
+    from workers import names_in
+
+    for key, value, folder in (
+        ("model.family", config.model.family, "families"),
+        ("similarity.measure", config.similarity.measure, "similarity"),
+        *(("router.agents", agent, "routers") for agent in config.router.agents),
+    ):
+        if value not in names_in(folder) and (key, value) != ("model.family", "auto"):
+            raise InputError(f"{key} {value!r} is unknown: known are {', '.join(names_in(folder))}")
+    for name, values in (("router.agents", config.router.agents), ("router.seeds", config.router.seeds)):
+        if len(set(values)) != len(values):
+            raise InputError(f"{name} {values} names one twice")
+    ratios = [(b.metric, b.ratio) for b in config.budgets]
+    if len(set(ratios)) != len(ratios):
+        raise InputError(f"budgets: {ratios} names one twice")

@@ -1,0 +1,124 @@
+"""The order: skip what is done, run the rest. Knows nothing of diffusion and nothing of Ray.
+
+A stage is done iff its folder holds done.json with the fingerprint computed now:
+sha256(stage, its version, the settings it declares in ``reads``, the fingerprints of its ``needs``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.store import RunStore
+from workers.contracts import InputError, digest_of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``run(context)`` returns the stage's result as JSON. ``reads``: dotted keys of the job; ``version`` grows when its meaning changes."""
+
+    name: str
+    run: Callable[[Context], dict[str, Any]]
+    needs: tuple[str, ...]
+    reads: tuple[str, ...]
+    version: int = 1
+
+
+@dataclass
+class Context:
+    """What a stage function gets: the job, its own folder, the results before it, and whom to ask for work."""
+
+    job: Any
+    cluster: Any
+    store: RunStore
+    folder: Path
+    fingerprint: str
+    results: Mapping[str, dict[str, Any]]
+    identity: Mapping[str, str]
+    say: Callable[[str], None]
+    fingerprints: Mapping[str, str]
+
+    def folder_of(self, stage: str) -> Path:
+        """The folder of a stage that is done."""
+        return self.store.stage_folder(stage, self.fingerprints[stage])
+
+
+@dataclass
+class Pipeline:
+    """The stages in order, for one job. ``identity``: what stands for the model and the data in fingerprints, instead of their paths."""
+
+    stages: Sequence[Stage]
+    settings: Mapping[str, Any]
+    identity: Mapping[str, str]
+    store: RunStore
+    fingerprints: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fingerprints = {}
+        for stage in self.stages:
+            values = {key: self._value(key) for key in stage.reads}
+            needs = [self.fingerprints[name] for name in stage.needs]
+            self.fingerprints[stage.name] = digest_of([stage.name, stage.version, values, needs])
+
+    def _value(self, key: str) -> Any:
+        if key in self.identity:
+            return self.identity[key]
+        here: Any = self.settings
+        for part in key.split("."):
+            here = here[part]
+        return here
+
+    def states(self) -> dict[str, str]:
+        """Stage -> done, partial, stale or new. A stage whose predecessor is not done cannot be done: its fingerprint would differ."""
+        return {stage.name: self.store.state(stage.name, self.fingerprints[stage.name]) for stage in self.stages}
+
+    def select(self, only: str | None) -> list[Stage]:
+        """All stages, or the named one. Raises: InputError if its predecessors are not done."""
+        if only is None:
+            return list(self.stages)
+        states = self.states()
+        stage = next(stage for stage in self.stages if stage.name == only)
+        missing = [name for name in stage.needs if states[name] != "done"]
+        if missing:
+            raise InputError(f"--only {only}: stage {missing[0]} is not done ({states[missing[0]]}): run it first")
+        return [stage]
+
+    def run(
+        self,
+        job: Any,
+        cluster: Callable[[], Any],
+        say: Callable[[str], None],
+        only: str | None = None,
+        redo: Sequence[str] = (),
+        on_stage: Callable[[str, str, float], None] = lambda name, state, seconds: None,
+    ) -> dict[str, dict[str, Any]]:
+        """Run what is not done; returns every finished stage's result. ``cluster`` is called when the first stage needs it."""
+        for name in redo:
+            later = {name}
+            for stage in self.stages:
+                if later & {stage.name, *stage.needs}:
+                    later.add(stage.name)
+                    self.store.set_aside(stage.name, self.fingerprints[stage.name])
+        chosen, started_cluster = self.select(only), None
+        results: dict[str, dict[str, Any]] = {}
+        for stage in self.stages:
+            fingerprint = self.fingerprints[stage.name]
+            record = self.store.done(stage.name, fingerprint)
+            if record is None and stage in chosen:
+                folder = self.store.stage_folder(stage.name, fingerprint)
+                folder.mkdir(exist_ok=True)
+                started_cluster = started_cluster or cluster()
+                on_stage(stage.name, "running", 0.0)
+                started = time.time()
+                result = stage.run(Context(job, started_cluster, self.store, folder, fingerprint, results, self.identity, say, self.fingerprints))
+                self.store.finish(stage.name, fingerprint, result, started, time.time() - started)
+                on_stage(stage.name, "finished", time.time() - started)
+                record = self.store.done(stage.name, fingerprint)
+            elif record is not None:
+                on_stage(stage.name, "already done", record["seconds"])
+            if record is not None:
+                results[stage.name] = record["result"]
+        return results

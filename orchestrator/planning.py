@@ -1,0 +1,166 @@
+"""What a job would do, before it does anything: check model, data and settings; say what each stage needs. Writes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import JobConfig
+from orchestrator.pipeline import Pipeline
+from orchestrator.stages import STAGES
+from orchestrator.store import RunStore
+from workers import data, diffusion, families, partition
+from workers.contracts import InputError
+from workers.cost import CostTable, cost_table, require_reachable
+
+TFLOPS = {"cpu": 0.07, "cuda": 60.0}
+"""Sustained training speed that estimates assume: per CPU core, and per GPU. Orders of magnitude, not promises."""
+BYTES_FREE_PER_PARAMETER = 16
+"""A checkpoint holds weights, average and two moments in float32; two are kept."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked job: paths resolved, contents identified, costs counted."""
+
+    job: JobConfig
+    store: RunStore
+    pipeline: Pipeline
+    table: CostTable
+    images: int
+
+
+def prepare(job: JobConfig) -> Prepared:
+    """Check everything that can be checked without computing. Raises: InputError; BudgetUnreachable at once for an impossible budget."""
+    store = RunStore(job.run_folder)
+    model = families.locate(job.model.path)
+    config, family = families.load_config(model), families.family_name(model)
+    if job.model.family not in ("auto", family):
+        raise InputError(f"model.family is {job.model.family}, but {job.model.path} holds a model of family {family}")
+    scheduler = families.load_scheduler_config(model)
+    schedule = diffusion.NoiseSchedule(scheduler)
+    families.check_weights(model)
+    _check_partition(job, schedule.num_timesteps)
+    diffusion.sampler_timesteps(job.sampler.scheduler, scheduler, job.sampler.steps)
+    images_at = data.resolve(job.data.path)
+    images = data.check(str(images_at), config["in_channels"], config["sample_size"], job.data.resize)
+    if job.data.holdout >= images:
+        raise InputError(f"data.holdout is {job.data.holdout}, but there are only {images} images in {job.data.path}: lower it")
+    table = cost_table(config, job.elastic_settings())
+    for i, budget in enumerate(job.budgets):
+        require_reachable(table, budget.ratio, f"budgets.{i}.ratio")
+    _check_space(job, store.folder, table)
+    job = job.model_copy(
+        update={
+            "model": job.model.model_copy(update={"path": str(model)}),
+            "data": job.data.model_copy(update={"path": str(images_at.resolve())}),
+            "registry": job.registry.model_copy(update={"path": _absolute(job.registry.path)}),
+        }
+    )
+    store.check_owner(owner(job))
+    identity = {"model": families.model_digest(model), "data.path": data.identity(str(images_at))}
+    pipeline = Pipeline(STAGES, job.model_dump(mode="json"), identity, store)
+    return Prepared(job, store, pipeline, table, images)
+
+
+def owner(job: JobConfig) -> dict[str, str]:
+    """Whose run folder it is."""
+    return {"name": job.name, "model.path": job.model.path, "data.path": job.data.path}
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def _check_partition(job: JobConfig, num_timesteps: int) -> None:
+    points, experts = job.similarity.timesteps, job.partition.experts
+    partition.grid(num_timesteps, points)
+    if isinstance(experts, list):
+        partition.explicit(experts, num_timesteps)
+        return
+    cells = min(points, max(1, round(job.partition.min_timesteps * points / num_timesteps)))
+    if isinstance(experts, int) and experts * cells > points:
+        raise InputError(
+            f"partition.experts is {experts}, but a grid of {points} timesteps (similarity.timesteps) has room for {points // cells} "
+            f"intervals of at least {job.partition.min_timesteps} timesteps (partition.min_timesteps)"
+        )
+
+
+def _check_space(job: JobConfig, folder: Path, table: CostTable) -> None:
+    """Raises: InputError if the disk cannot hold the checkpoints that the job will keep at one time."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"storage.path: {there} is a file, not a folder")
+    experts = _experts(job)
+    runs = experts * (1 + len(job.budgets) * (2 if job.finetune.compare_uniform else 1))
+    needed = 2 * BYTES_FREE_PER_PARAMETER * table.dense.params * runs
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(
+            f"storage.path: {there} has {free / 1e9:.1f} GB free, the job's checkpoints may need {needed / 1e9:.1f} GB: free some or choose another path"
+        )
+
+
+def _experts(job: JobConfig) -> int:
+    experts = job.partition.experts
+    return experts if isinstance(experts, int) else len(experts) + 1 if isinstance(experts, list) else job.partition.max_experts
+
+
+def describe(prepared: Prepared) -> dict[str, Any]:
+    """The plan as JSON: six stages with state, workers and estimated compute; model, data and budgets."""
+    job, table = prepared.job, prepared.table
+    states, per_image = prepared.pipeline.states(), 2 * table.dense.macs / 1e12  # TFLOP of one dense forward pass
+    experts = _experts(job)
+    small = sum(budget.ratio for budget in job.budgets)
+    copies = 2 if job.finetune.compare_uniform else 1
+    train, tune = job.specialize, job.finetune
+    gradient = job.similarity.timesteps * min(job.similarity.images, prepared.images) * 3 if job.similarity.measure != "snr" else 0
+    choices = sum(min(4, len(site.choices) - 1) for site in table.space.sites)
+    agents = len({"uniform", *job.router.agents}) * len(job.router.seeds) * len(job.budgets)
+    # forward passes of one image of the dense model; a backward pass counts two
+    passes = {
+        "analyze": gradient,
+        "partition": 0,
+        "specialize": experts * train.steps * train.batch_size * (1 + 3 * (1.3 + 0.6 * train.random_networks)),
+        "route": experts * (choices * job.router.images / 2 + agents * job.router.era_steps * job.router.era_batch),
+        "finetune": copies * experts * tune.steps * tune.batch_size * (len(job.budgets) + 3 * small),
+        "publish": (1 + small * (copies + 1)) * (job.evaluate.images * job.evaluate.timesteps + job.evaluate.samples * job.sampler.steps),
+    }
+    units = {
+        "analyze": "1 task per worker" if gradient else "1 task",
+        "partition": "no worker",
+        "specialize": f"{experts} trainers",
+        "route": f"{agents} trials",
+        "finetune": f"{copies * experts * len(job.budgets)} trainers",
+        "publish": f"{1 + (copies + 1) * len(job.budgets)} models",
+    }
+    at_most = "up to " if job.partition.experts == "auto" else ""
+    need = job.resources
+    stages = []
+    for name, state in states.items():
+        record = prepared.store.done(name, prepared.pipeline.fingerprints[name])
+        tflop = passes[name] * per_image
+        stages.append(
+            {
+                "stage": name,
+                "state": state,
+                "work": (at_most if name in ("specialize", "finetune") else "") + units[name],
+                "cpus_per_worker": 0 if name == "partition" else need.cpus_per_worker,
+                "gpus_per_worker": 0 if name == "partition" or need.device == "cpu" else need.gpus_per_worker,
+                "gpu_hours": round(tflop / TFLOPS["cuda"] / 3600, 4),
+                "cpu_core_hours": round(tflop / TFLOPS["cpu"] / 3600, 3),
+                "seconds_taken": None if record is None else round(record["seconds"], 1),
+            }
+        )
+    return {
+        "job": job.name,
+        "run_folder": str(prepared.store.folder),
+        "registry": job.registry.path,
+        "model": {"path": job.model.path, "macs": table.dense.macs, "params": table.dense.params, "smallest_ratio": round(table.smallest_ratio, 4)},
+        "data": {"path": job.data.path, "images": prepared.images},
+        "budgets": [budget.model_dump() for budget in job.budgets],
+        "device": need.device,
+        "stages": stages,
+    }

@@ -1,0 +1,116 @@
+"""What a run shows while it works: one live table on a terminal, plain lines elsewhere, and progress.json for `diffpruning status`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from orchestrator.store import write_json
+from workers.contracts import Progress
+
+PLAIN_EVERY_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """8s, 3m05s, 2h10m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def eta_s(event: Progress) -> float | None:
+    """Seconds until the unit is done, from the steps it has made in this attempt."""
+    made = event.step - event.first_step
+    return event.seconds / made * (event.steps - event.step) if made > 0 and event.step < event.steps else None
+
+
+def line(event: Progress) -> str:
+    """``specialize t0250-0500  step 1200/20000  loss 0.0312  312 img/s  eta 41m``"""
+    eta = eta_s(event)
+    parts = [f"{event.stage} {event.unit}", f"step {event.step}/{event.steps}"]
+    parts += [f"loss {event.loss:.4f}"] if event.loss is not None else []
+    parts += [f"{event.images_per_s:.0f} img/s"] if event.images_per_s else []
+    parts += [f"eta {duration(eta)}"] if eta is not None else []
+    return "  ".join(parts + ([event.note] if event.note else []))
+
+
+class ProgressView:
+    """Use as a context manager. ``update`` may be called from any thread."""
+
+    def __init__(self, console: Console, file: Path | None):
+        self.console, self.file = console, file
+        self.stage: str | None = None
+        self.units: dict[str, Progress] = {}
+        self._told: dict[str, float] = {}
+        self._written = 0.0
+        self._lock = threading.Lock()
+        self._live = Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> ProgressView:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._live:
+            self._live.stop()
+        self._write(force=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def on_stage(self, name: str, state: str, seconds: float) -> None:
+        with self._lock:
+            self.stage, self.units = (name if state == "running" else None), {}
+            self._told.clear()
+        self.say(f"{name:<11}{state}" + (f" ({duration(seconds)})" if seconds else ""))
+        self._write(force=True)
+
+    def update(self, event: Progress) -> None:
+        with self._lock:
+            if event.stage != self.stage:
+                return  # a late line of a stage that is over
+            self.units[event.unit] = event
+            now = time.monotonic()
+            tell = event.step == event.steps or now - self._told.get(event.unit, -1e9) > PLAIN_EVERY_S
+            if tell:
+                self._told[event.unit] = now
+        if tell and self._live is None:
+            self.say("  " + line(event))
+        self._write()
+
+    def _write(self, force: bool = False) -> None:
+        if self.file is None or (not force and time.monotonic() - self._written < 1):
+            return
+        self._written = time.monotonic()
+        with self._lock:
+            value = {"stage": self.stage, "units": [event.to_json() for event in self.units.values()], "at": time.time()}
+        try:
+            write_json(self.file, value)
+        except OSError:
+            pass  # a full disk is told by whoever needs it; progress is not worth a crash
+
+    def _table(self) -> Table:
+        table = Table(box=None, padding=(0, 2), header_style="bold")
+        for name, right in (("stage", 0), ("expert", 0), ("step", 1), ("loss", 1), ("images/s", 1), ("ETA", 1)):
+            table.add_column(name, justify="right" if right else "left")
+        with self._lock:
+            events = sorted(self.units.values(), key=lambda e: e.unit)
+        for event in events:
+            eta = eta_s(event)
+            table.add_row(
+                event.stage,
+                event.unit,
+                f"{event.step}/{event.steps}",
+                "" if event.loss is None else f"{event.loss:.4f}",
+                "" if not event.images_per_s else f"{event.images_per_s:.0f}",
+                "done" if event.step == event.steps else "" if eta is None else duration(eta),
+            )
+        return table

@@ -1,0 +1,238 @@
+"""The Ray seam on the driver's side: scatter as tasks, one TorchTrainer per expert, Tune for the search. Ray owns the processes."""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+# Read by Ray at import. One poll of a trainer's controller costs its reports up to this long; the default is 2 s.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402
+from ray import train, tune  # noqa: E402
+from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
+
+from orchestrator.cluster import Need, Task, raise_failures  # noqa: E402
+from workers import session  # noqa: E402
+from workers.contracts import ExpertCheckpoint, InputError, MixturePlan, Progress, RunFailed  # noqa: E402
+
+ATTEMPTS = 2
+"""Tries of one trainer: FailureConfig covers its workers, not the death of its controller."""
+
+
+class RayCluster:
+    """A local Ray that this process starts and ends, or the cluster that RAY_ADDRESS names."""
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        cpus: float,
+        gpus: float,
+        workers_per_expert: int,
+        local_cpus: int | None,
+        timeout_s: float,
+        max_failures: int,
+        on_progress: Callable[[Progress], None],
+        log: Path,
+    ):
+        """Raises: InputError if no node could ever hold one worker."""
+        self._log = log.open("a")
+        self.max_failures = max_failures
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
+        self._own = not ray.is_initialized()
+        with self._quiet():
+            self._connect(local_cpus)
+        try:
+            if device == "auto":
+                device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+            self.need = Need(device, cpus, gpus if device == "cuda" else 0, workers_per_expert)
+            self._check_capacity()
+            self._watch(on_progress)
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _connect(self, local_cpus: int | None) -> None:
+        if not self._own:
+            return
+        options: dict[str, Any] = {"namespace": "diffpruning", "log_to_driver": False, "logging_level": logging.ERROR}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**options)
+            return
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only, and ends with this process
+        # The dashboard is needed even when nobody looks: the trainers' clean-up asks its State API.
+        ray.init(
+            address="local", num_cpus=local_cpus, include_dashboard=True, dashboard_host="127.0.0.1", object_store_memory=256 * 2**20, **options
+        )
+
+    def _check_capacity(self) -> None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if self.slots() < self.need.workers_per_expert:
+            most = max(nodes, key=lambda r: (r.get("GPU", 0), r.get("CPU", 0)))
+            raise InputError(
+                f"resources: {self.need.workers_per_expert} worker(s) of {self.need} never fit this cluster of {len(nodes)} node(s), "
+                f"the largest with {most.get('CPU', 0):g} CPUs and {most.get('GPU', 0):g} GPUs: "
+                "lower resources.cpus_per_worker, gpus_per_worker or workers_per_expert"
+            )
+
+    def _watch(self, on_progress: Callable[[Progress], None]) -> None:
+        actor = ray.remote(num_cpus=0)(session.ProgressMailbox)
+        self._mailbox = actor.options(name=session.PROGRESS_ACTOR, get_if_exists=True, lifetime=None).remote()
+        self._stop = threading.Event()
+
+        def poll() -> None:
+            while not self._stop.wait(0.5):
+                with contextlib.suppress(ray.exceptions.RayError):
+                    for event in ray.get(self._mailbox.drain.remote(), timeout=10):
+                        on_progress(Progress.from_json(event))
+
+        self._poller = threading.Thread(target=poll, daemon=True)
+        self._poller.start()
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Ray's own lines go to the run's log: stdout stays ours."""
+        out, err = sys.stdout, sys.stderr
+        with contextlib.redirect_stdout(_Log(self._log, out)), contextlib.redirect_stderr(_Log(self._log, err)):
+            yield
+
+    def slots(self) -> int:
+        per_node = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                have = node["Resources"]
+                fits = [have.get("CPU", 0) / self.need.cpus] + ([have.get("GPU", 0) / self.need.gpus] if self.need.gpus else [])
+                per_node.append(math.floor(min(fits) + 1e-9))
+        return sum(per_node)
+
+    def scatter(self, task: Task, items: Sequence[Any]) -> list[Any]:
+        remote = ray.remote(num_cpus=self.need.cpus, num_gpus=self.need.gpus, max_retries=self.max_failures)(session.run_task)
+        running = [remote.remote(task, self.need.device, item) for item in items]
+        try:
+            return ray.get(running)
+        except ray.exceptions.RayTaskError as error:
+            for reference in running:
+                ray.cancel(reference)
+            raise error.as_instanceof_cause() from None
+
+    def fit_all(
+        self, task: Task, jobs: Mapping[str, Any], storage: Path, on_done: Callable[[str, ExpertCheckpoint], None]
+    ) -> dict[str, ExpertCheckpoint]:
+        done: dict[str, ExpertCheckpoint] = {}
+        failed: dict[str, BaseException] = {}
+        parallel = max(1, self.slots() // self.need.workers_per_expert)
+        pool = futures.ThreadPoolExecutor(parallel, thread_name_prefix="fit")
+        try:
+            with self._quiet():
+                running = {pool.submit(self._fit, task, name, item, storage): name for name, item in jobs.items()}
+                for future in futures.as_completed(running):
+                    name = running[future]
+                    try:
+                        done[name] = future.result()
+                        on_done(name, done[name])
+                    except Exception as error:  # the others still run; all failures are told together
+                        failed[name] = _cause(error)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        raise_failures(failed, len(jobs), storage)
+        return {name: done[name] for name in jobs}
+
+    def _fit(self, task: Task, name: str, item: Any, storage: Path) -> ExpertCheckpoint:
+        """One TorchTrainer. The same name and storage are the same run: Ray resumes it from its last checkpoint."""
+        need = self.need
+        resources = {"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {})
+        for attempt in range(ATTEMPTS):
+            trainer = TorchTrainer(
+                session.run_train_worker,
+                train_loop_config={"task": task, "item": item, "device": need.device, "folder": str(storage / name)},
+                torch_config=TorchConfig(backend="nccl" if need.device == "cuda" else "gloo"),
+                scaling_config=train.ScalingConfig(
+                    num_workers=need.workers_per_expert, use_gpu=need.device == "cuda", resources_per_worker=resources
+                ),
+                run_config=train.RunConfig(
+                    name=name,
+                    storage_path=str(storage),
+                    failure_config=train.FailureConfig(max_failures=self.max_failures),
+                    checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+                    logging_config=train.LoggingConfig(log_level="ERROR"),
+                ),
+            )
+            try:
+                return ExpertCheckpoint.from_json(trainer.fit().return_value)
+            except ray.exceptions.RayActorError:
+                if attempt + 1 == ATTEMPTS or not ray.is_initialized():
+                    raise
+        raise AssertionError("unreachable")
+
+    def search(self, task: Task, axes: Mapping[str, Sequence[Any]], items: Mapping[str, Any], storage: Path) -> dict[str, MixturePlan]:
+        name, folder = "search", str(storage / "search")
+        trainable = tune.with_resources(
+            tune.with_parameters(session.run_trial, task=task, items=dict(items), device=self.need.device, axes=tuple(axes)),
+            {"CPU": self.need.cpus} | ({"GPU": self.need.gpus} if self.need.gpus else {}),
+        )
+        with self._quiet():
+            if tune.Tuner.can_restore(folder):
+                tuner = tune.Tuner.restore(folder, trainable=trainable, resume_unfinished=True, resume_errored=True)
+            else:
+                tuner = tune.Tuner(
+                    trainable,
+                    param_space={axis: tune.grid_search(list(values)) for axis, values in axes.items()},
+                    tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=max(1, self.slots())),
+                    run_config=tune.RunConfig(
+                        name=name, storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
+                    ),
+                )
+            grid = tuner.fit()
+        if grid.errors:
+            raise RunFailed(f"{len(grid.errors)} of {len(items)} search trials failed: {' '.join(str(grid.errors[0]).split())[-400:]}")
+        found = {result.metrics["trial"]: MixturePlan.from_json(json.loads(result.metrics["plan"])) for result in grid}
+        return {key: found[key] for key in items}
+
+    def close(self) -> None:
+        self._stop.set()
+        self._poller.join(timeout=2)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._own:
+            with self._quiet():
+                ray.shutdown()
+        self._log.close()
+
+
+class _Log:
+    """A text stream into the log file that still looks like the stream it stands for."""
+
+    def __init__(self, log: TextIO, original: TextIO):
+        self._log, self._original = log, original
+
+    def write(self, text: str) -> int:
+        return self._log.write(text) if not self._log.closed else len(text)
+
+    def flush(self) -> None:
+        if not self._log.closed:
+            self._log.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong in the worker, without Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None)
+    return next(iter(failures.values())) if failures else error
+
+

@@ -1,0 +1,3 @@
+from pathlib import Path
+def build(prepared):
+    return prepared.store.folder / "report.html"

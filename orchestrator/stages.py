@@ -1,0 +1,347 @@
+"""THE METHOD ON ONE PAGE: six stages, each a short function that asks the cluster for work and keeps the answer.
+
+    analyze     how alike are timesteps?           partition   where to cut?
+    specialize  one elastic expert per interval    route       who gets which sub-network, per budget?
+    finetune    recover quality                    publish     is it good? keep it
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.pipeline import Context, Stage
+from orchestrator.registry import Registry
+from orchestrator.store import write_json
+from workers import data, families, partition, tasks
+from workers.contracts import (
+    DenoiserRef,
+    EvaluateTask,
+    ExpertCheckpoint,
+    ExpertTask,
+    ImageTask,
+    MixtureManifest,
+    MixturePlan,
+    Partition,
+    Provenance,
+    RouteTask,
+    SimilarityMatrix,
+    SimilarityTask,
+    derive_seed,
+)
+
+
+def analyze(ctx: Context) -> dict[str, Any]:
+    """Embed every grid timestep under the chosen measure, in chunks over the cluster; compare the embeddings."""
+    job, settings = ctx.job, ctx.job.similarity
+    images, train, _ = _images(ctx)
+    rows = tuple(train[: settings.images])
+    num_timesteps = families.load_scheduler_config(job.model.path)["num_train_timesteps"]
+    grid = partition.grid(num_timesteps, settings.timesteps)
+    chunks = [tuple(int(t) for t in chunk) for chunk in np.array_split(grid, min(len(grid), 2 * ctx.cluster.slots()))]
+    items = [
+        SimilarityTask(
+            measure=settings.measure,
+            model=job.model.path,
+            images=images,
+            rows=rows,
+            timesteps=chunk,
+            batch_size=settings.batch_size,
+            buckets=settings.buckets,
+            seed=job.seed,
+            device=ctx.cluster.need.device,
+            out=str(ctx.folder / f"embed-{chunk[0]:04d}-{chunk[-1]:04d}.npy"),
+        )
+        for chunk in chunks
+    ]
+    ctx.cluster.scatter(tasks.embed_timesteps, [item for item in items if not Path(item.out).exists()])
+    [matrix] = ctx.cluster.scatter(tasks.compare_timesteps, [(tuple(items), num_timesteps, str(ctx.folder / "gram.npy"))])
+    for item in items:
+        Path(item.out).unlink()
+    return {"similarity": matrix.to_json()}
+
+
+def cut(ctx: Context) -> dict[str, Any]:
+    """The exact best contiguous intervals, how sure each boundary is, and what the naive partitions would cost."""
+    job, settings = ctx.job, ctx.job.partition
+    matrix = SimilarityMatrix.from_json(ctx.results["analyze"]["similarity"])
+    found = tasks.cut_timesteps(
+        matrix,
+        str(ctx.folder_of("analyze") / "gram.npy"),
+        settings.experts,
+        min_timesteps=settings.min_timesteps,
+        penalty=settings.penalty,
+        max_experts=settings.max_experts,
+        bootstrap=job.similarity.bootstrap,
+        seed=job.seed,
+        scheduler_config=families.load_scheduler_config(job.model.path),
+    )
+    chosen = Partition.from_json(found["partition"])
+    for boundary, frequency in zip(chosen.boundaries, found["boundary_frequency"], strict=True):
+        if frequency < 0.7:
+            ctx.say(
+                f"  note: the boundary at t = {boundary} returned in only {frequency:.0%} of bootstrap resamples: "
+                "raise similarity.images to be surer of it"
+            )
+    return found
+
+
+def specialize(ctx: Context) -> dict[str, Any]:
+    """One elastic copy of the denoiser per interval, each its own training run, all at the same time as far as they fit."""
+    job, settings = ctx.job, ctx.job.specialize
+    images, train, _ = _images(ctx)
+    jobs = {
+        interval.name: ExpertTask(
+            stage="specialize",
+            model=job.model.path,
+            images=images,
+            rows=tuple(train),
+            interval=interval,
+            elastic=job.elastic_settings(),
+            train=settings.settings(),
+            random_networks=settings.random_networks,
+            importance_images=settings.importance_images,
+            seed=job.seed,
+            flip=job.data.flip,
+        )
+        for interval in _partition(ctx).intervals
+    }
+    experts = _fit_all(ctx, "specialize", jobs)
+    return {"experts": [expert.to_json() for expert in experts.values()]}
+
+
+def route(ctx: Context) -> dict[str, Any]:
+    """Every agent searches every budget; per budget the plan with the lowest loss on unseen calibration images is chosen."""
+    job, settings = ctx.job, ctx.job.router
+    images, train, _ = _images(ctx)
+    experts = tuple(ExpertCheckpoint.from_json(e) for e in ctx.results["specialize"]["experts"])
+    item = RouteTask(
+        model=job.model.path,
+        images=images,
+        rows=tuple(train[-settings.images :]),
+        partition=_partition(ctx),
+        elastic=job.elastic_settings(),
+        experts=experts,
+        budget=job.budget(0),
+        agent="uniform",
+        seed=job.seed,
+        settings=settings.settings(),
+        device=ctx.cluster.need.device,
+    )
+    tables = [(item, k, str(ctx.folder / f"sensitivity-{expert.interval.name}.json")) for k, expert in enumerate(experts)]
+    ctx.cluster.scatter(tasks.expert_sensitivity, [table for table in tables if not Path(table[2]).exists()])
+    item = replace(item, sensitivity=tuple(out for _, _, out in tables))
+
+    budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
+    agents = list(dict.fromkeys(["uniform", *settings.agents]))  # the baseline is always there
+    axes = {"budget": list(budgets), "agent": agents, "seed": settings.seeds}
+    trials = {
+        f"{budget}/{agent}/{seed}": replace(item, budget=budgets[budget], agent=agent, search_seed=seed)
+        for budget, agent, seed in itertools.product(*axes.values())
+    }
+    plans = ctx.cluster.search(tasks.search_plan, axes, trials, ctx.folder)
+    chosen = {budget: min((p for p in plans.values() if p.budget.name == budget), key=lambda p: p.loss) for budget in budgets}
+    for budget, plan in chosen.items():
+        losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans.values() if p.budget.name == budget)
+        ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense MACs (search loss: {losses})")
+        for interval, share in zip(plan.partition.intervals, plan.shares, strict=True):
+            if share * job.sampler.steps < 1.5:
+                ctx.say(f"  warning: {interval.name} serves {share * job.sampler.steps:.0f} of {job.sampler.steps} sampler steps; two or more are better")
+    return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans.values()]}
+
+
+def finetune(ctx: Context) -> dict[str, Any]:
+    """Extract each chosen sub-network as a plain small denoiser and train it on its interval; uniform ones too, to compare."""
+    job, settings = ctx.job, ctx.job.finetune
+    images, train, _ = _images(ctx)
+    elastic = [ExpertCheckpoint.from_json(e) for e in ctx.results["specialize"]["experts"]]
+    jobs = {
+        _unit(plan, k): ExpertTask(
+            stage="finetune",
+            model=job.model.path,
+            images=images,
+            rows=tuple(train),
+            interval=interval,
+            elastic=job.elastic_settings(),
+            train=settings.settings(),
+            random_networks=0,
+            importance_images=1,
+            seed=derive_seed(job.seed, "finetune", plan.budget.name),
+            flip=job.data.flip,
+            source=elastic[k].path,
+            spec=plan.experts[k],
+            label=plan.budget.name + (f" {plan.agent}" if settings.compare_uniform else ""),
+        )
+        for plan in _plans(ctx)
+        for k, interval in enumerate(plan.partition.intervals)
+    }
+    return {"experts": {name: expert.to_json() for name, expert in _fit_all(ctx, "finetune", jobs).items()}}
+
+
+def publish(ctx: Context) -> dict[str, Any]:
+    """Measure dense, every mixture and its baselines on the same images and noise; publish, verify, report."""
+    job = ctx.job
+    denoisers = _denoisers(ctx)
+    metrics = _measure(ctx, denoisers)
+    registry, published = Registry(job.registry.path), {}
+    for i, config in enumerate(job.budgets):
+        budget = job.budget(i)
+        ref = denoisers[budget.name]
+        assert ref.plan is not None
+        folder = ctx.folder / f"mixture-{budget.name}"
+        ctx.cluster.scatter(tasks.assemble_mixture, [(ref, job.model.path, job.sampler.scheduler, str(folder))])
+        manifest = MixtureManifest(
+            name=job.name,
+            family=families.family_name(job.model.path),
+            plan=ref.plan,
+            metrics={label: metrics[label] for label in ("dense", *(label for label in denoisers if label.startswith(budget.name)))},
+            config=job.model_dump(mode="json", exclude={"storage", "registry", "resources"}),
+            provenance=Provenance(
+                job=job.name,
+                fingerprint=ctx.fingerprint,
+                model=job.model.path,
+                model_digest=ctx.identity["model"],
+                data=job.data.path,
+                data_digest=ctx.identity["data.path"],
+                seed=job.seed,
+                versions={name: version(name) for name in ("diffpruning", "torch", "diffusers", "accelerate", "ray")},
+            ),
+            files={},
+        )
+        published[budget.name] = registry.publish(job.name, manifest, folder)
+        files = registry.verify(published[budget.name])
+        ctx.say(f"  published {published[budget.name].reference}: {config.metric} {config.ratio:g}, {files} files verified, {published[budget.name].path}")
+    result = {"metrics": metrics, "published": {name: {"reference": v.reference, "path": str(v.path)} for name, v in published.items()}}
+    write_json(ctx.folder / "metrics.json", metrics)
+    return result
+
+
+STAGES = (
+    Stage("analyze", analyze, (), ("model", "data.path", "data.on_error", "data.resize", "data.holdout", "seed", *(f"similarity.{k}" for k in ("measure", "timesteps", "images", "batch_size", "buckets")))),
+    Stage("partition", cut, ("analyze",), ("partition", "similarity.bootstrap")),
+    Stage("specialize", specialize, ("partition",), ("elastic", "specialize", "data.flip")),
+    Stage("route", route, ("specialize",), ("router", "budgets", "sampler")),
+    Stage("finetune", finetune, ("route",), ("finetune",)),
+    Stage("publish", publish, ("finetune",), ("evaluate", "name", "registry")),
+)
+
+
+# --- what the stages share ------------------------------------------------------------------------------------------
+
+
+def _partition(ctx: Context) -> Partition:
+    return Partition.from_json(ctx.results["partition"]["partition"])
+
+
+def _images(ctx: Context) -> tuple[str, list[int], list[int]]:
+    """The decoded images (made once per run folder), the training rows in random order, and the held-out rows."""
+    job = ctx.job
+    config = families.load_config(job.model.path)
+    kind = [ctx.identity["data.path"], job.data.resize, job.data.on_error, config["in_channels"], config["sample_size"]]
+    out = ctx.store.folder / "cache" / f"images-{derive_seed(*map(str, kind)):016x}.arrow"
+    if not out.exists():
+        out.parent.mkdir(exist_ok=True)
+        item = ImageTask(job.data.path, config["in_channels"], config["sample_size"], job.data.resize, job.data.on_error, str(out))
+        [made] = ctx.cluster.scatter(tasks.build_images, [item])
+        skipped = made["skipped"]
+        ctx.say(f"  {made['count']} images decoded" + (f", {len(skipped)} unreadable and skipped: {', '.join(skipped[:3])}" if skipped else ""))
+    train, held_out = data.split(data.ImageCache.open(out).count, job.data.holdout, job.seed)
+    return str(out), train.tolist(), held_out.tolist()
+
+
+def _fit_all(ctx: Context, stage: str, jobs: dict[str, ExpertTask]) -> dict[str, ExpertCheckpoint]:
+    """Train what has no record yet. A record per finished run, so that a resumed stage does not start trainers for nothing."""
+    records = {name: ctx.folder / f"{name}.json" for name in jobs}
+    done = {name: ExpertCheckpoint.from_json(json.loads(path.read_text())) for name, path in records.items() if path.exists()}
+    todo = {f"{stage}-{name}-{ctx.fingerprint[:8]}": (name, item) for name, item in jobs.items() if name not in done}
+
+    def record(run: str, expert: ExpertCheckpoint) -> None:
+        write_json(records[todo[run][0]], expert.to_json())
+
+    storage = ctx.store.folder / "train"
+    storage.mkdir(exist_ok=True)
+    fitted = ctx.cluster.fit_all(tasks.train_expert, {run: item for run, (_, item) in todo.items()}, storage, record) if todo else {}
+    done |= {todo[run][0]: expert for run, expert in fitted.items()}
+    return {name: done[name] for name in jobs}
+
+
+def _plans(ctx: Context) -> list[MixturePlan]:
+    """The chosen plan of every budget, and beside it the uniform one where that is another."""
+    plans = []
+    for chosen in ctx.results["route"]["chosen"].values():
+        plan = MixturePlan.from_json(chosen)
+        plans.append(plan)
+        uniform = _uniform(ctx, plan)
+        if ctx.job.finetune.compare_uniform and uniform.experts != plan.experts:
+            plans.append(uniform)
+    return plans
+
+
+def _uniform(ctx: Context, plan: MixturePlan) -> MixturePlan:
+    trials = map(MixturePlan.from_json, ctx.results["route"]["trials"])
+    return next(trial for trial in trials if trial.agent == "uniform" and trial.budget == plan.budget)
+
+
+def _unit(plan: MixturePlan, k: int) -> str:
+    return f"{plan.budget.name}-{plan.agent}-{plan.partition.intervals[k].name}"
+
+
+def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
+    """Everything that is measured: dense; per budget the mixture, the uniform mixture, and the pretrained net cut uniformly."""
+    experts = ctx.results["finetune"]["experts"]
+    denoisers = {"dense": DenoiserRef("dense")}
+    for plan in _plans(ctx):
+        refs = tuple(ExpertCheckpoint.from_json(experts[_unit(plan, k)]) for k in range(len(plan.experts)))
+        label = plan.budget.name if plan.budget.name not in denoisers else f"{plan.budget.name} uniform"
+        denoisers[label] = DenoiserRef(label, plan, refs)
+    for i in range(len(ctx.job.budgets)):
+        plan = denoisers[ctx.job.budget(i).name].plan
+        assert plan is not None
+        label = f"{plan.budget.name} cut only"
+        denoisers[label] = DenoiserRef(label, _uniform(ctx, plan))
+    return denoisers
+
+
+def _measure(ctx: Context, denoisers: dict[str, DenoiserRef]) -> dict[str, dict[str, Any]]:
+    """Metrics per denoiser; samples beside, for the report."""
+    job, settings = ctx.job, ctx.job.evaluate
+    images, _, held_out = _images(ctx)
+    num_timesteps = families.load_scheduler_config(job.model.path)["num_train_timesteps"]
+    common = EvaluateTask(
+        denoiser=DenoiserRef("dense"),
+        model=job.model.path,
+        images=images,
+        rows=(),
+        noise_seeds=(),
+        partition=_partition(ctx),
+        elastic=job.elastic_settings(),
+        scheduler=job.sampler.scheduler,
+        steps=job.sampler.steps,
+        batch_size=settings.batch_size,
+        timesteps=partition.grid(num_timesteps, settings.timesteps),
+        seed=job.seed,
+        device=ctx.cluster.need.device,
+        out="",
+    )
+    rows = np.array_split(held_out[: settings.images], settings.shards)
+    seeds = np.array_split([derive_seed(job.seed, "sample", i) for i in range(settings.samples)], settings.shards)
+    items = [
+        replace(
+            common,
+            denoiser=ref,
+            rows=tuple(rows[s].tolist()),
+            noise_seeds=tuple(seeds[s].tolist()),
+            out=str(ctx.folder / f"{label.replace(' ', '-')}-{s}of{settings.shards}.npz"),
+        )
+        for label, ref in denoisers.items()
+        for s in range(settings.shards)
+    ]
+    ctx.cluster.scatter(tasks.evaluate_shard, [item for item in items if not Path(item.out).exists()])
+    [metrics] = ctx.cluster.scatter(tasks.summarise, [(tuple(items), str(ctx.folder / "samples.npz"))])
+    return metrics

@@ -1,0 +1,69 @@
+"""Where a run stands, and what a version is, as text: read from files, by anybody who sees the storage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import load_job
+from orchestrator.progress import duration, line
+from orchestrator.store import read_json
+from workers.contracts import InputError, MixtureManifest, Progress
+
+
+def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Stages that are done and the units of the one at work. ``job``: a job file or a run folder. Raises: InputError."""
+    folder = Path(job).expanduser()
+    if not (folder / "run.json").is_file():
+        folder = load_job(job, overrides).run_folder
+    owner = read_json(folder / "run.json")
+    if owner is None:
+        raise InputError(f"no run in {folder}: start it with `diffpruning run`")
+    records = [read_json(path) for path in folder.glob("*-????????/done.json")]
+    done = sorted((r for r in records if r), key=lambda r: r["started"] + r["seconds"])
+    latest = {r["stage"]: r for r in done}
+    progress = read_json(folder / "progress.json") or {}
+    return {
+        "run_folder": str(folder),
+        "job": owner["name"],
+        "done": [{"stage": r["stage"], "seconds": round(r["seconds"], 1), "folder": f"{r['stage']}-{r['fingerprint'][:8]}"} for r in latest.values()],
+        "running": progress.get("stage"),
+        "units": progress.get("units", []) if progress.get("stage") else [],
+        "seconds_since_update": round(time.time() - progress["at"], 1) if progress else None,
+        "report": str(folder / "report.html") if (folder / "report.html").exists() else None,
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    lines = [f"run {found['job']}, {found['run_folder']}"]
+    lines += [f"  {r['stage']:<12}done in {duration(r['seconds'])}" for r in found["done"]]
+    if found["running"]:
+        quiet = found["seconds_since_update"] > 60
+        lines.append(f"  {found['running']:<12}" + (f"stopped? no word for {duration(found['seconds_since_update'])}; the same run command continues it" if quiet else "running"))
+        lines += [f"    {line(Progress.from_json(unit))}" for unit in found["units"]]
+    if found["report"]:
+        lines.append(f"  report      {found['report']}")
+    return "\n".join(lines)
+
+
+def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
+    plan, came = manifest.plan, manifest.provenance
+    lines = [
+        f"{reference}  {path}",
+        f"budget    {plan.budget.name} of dense for {plan.budget.scheduler}, {plan.budget.steps} steps; agent {plan.agent}; cost {plan.cost_ratio:.3f}",
+        f"from      {came.model} (sha256 {came.model_digest[:12]}), data {came.data}, seed {came.seed}",
+        "",
+        f"{'expert':<14}{'share':>7}{'GMACs':>8}{'params':>9}{'dropped':>9}{'narrowed':>10}",
+    ]
+    dense = {site: max(spec[site] for spec in plan.experts) for site in plan.experts[0].choices}
+    for interval, spec, share, cost in zip(plan.partition.intervals, plan.experts, plan.shares, plan.expert_costs, strict=True):
+        dropped = sum(choice == 0 for choice in spec.choices.values())
+        narrowed = sum(0 < choice < dense[site] for site, choice in spec.choices.items())
+        lines.append(f"{interval.name:<14}{share:>7.0%}{cost.macs / 1e9:>8.3f}{cost.params / 1e6:>8.2f}M{dropped:>9}{narrowed:>10}")
+    lines += ["", f"{'':<22}{'denoising loss':>15}{'paired MSE':>12}{'PSNR dB':>9}{'ms/step':>9}"]
+    for label, m in manifest.metrics.items():
+        psnr = "" if label == "dense" else f"{m['paired_psnr_db']:.2f}"
+        lines.append(f"{label:<22}{m['denoising_loss']:>15.5f}{m['paired_mse']:>12.5f}{psnr:>9}{m['ms_per_step']:>9.1f}")
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""The run folder: fingerprints, atomic writes, done records, one lock. Knows nothing of diffusion.
+
+    <storage>/<name>/run.json                     whose folder it is
+                     cache/                       decoded images, shared by all stages
+                     <stage>-<fingerprint>/       one stage under one set of settings; done.json is written last
+                     train/<stage>-<unit>-<fp>/   checkpoints of the trainers
+                     report.html, figures/        written by publish
+Folders carry their fingerprint, so settings may change and change back: nothing is overwritten and nothing is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from workers.contracts import InputError
+
+SCHEMA = 1
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically: beside, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any | None:
+    """None if the file is not there. Raises: InputError if it is there and no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it to have it made again") from None
+
+
+class RunStore:
+    """One run folder. Reading never creates anything."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def claim(self, owner: dict[str, str]) -> None:
+        """Make the folder ours, or see that it is. Raises: InputError if it belongs to another job or cannot be written."""
+        self.check_owner(owner)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "run.json").exists():
+                write_json(self.folder / "run.json", {"schema": SCHEMA, **owner})
+        except OSError as error:
+            raise InputError(f"storage.path: cannot write {self.folder}: {error.strerror}") from None
+
+    def check_owner(self, owner: dict[str, str]) -> None:
+        """Raises: InputError if the folder belongs to another job or is no run folder. Touches nothing."""
+        try:
+            found = read_json(self.folder / "run.json")
+            foreign = found is None and self.folder.exists() and any(self.folder.iterdir())
+        except OSError as error:
+            raise InputError(f"storage.path: cannot use {self.folder}: {error.strerror}") from None
+        if foreign:
+            raise InputError(f"storage.path: {self.folder} is not empty and holds no run: choose another storage.path or name")
+        for key, value in owner.items() if found else ():
+            if found.get(key) != value:
+                raise InputError(
+                    f"{self.folder} holds the run of another job ({key} {found.get(key)}, this job has {value}): "
+                    "give this job its own name, e.g. --set name=mine"
+                )
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One driver per run folder; the lock goes with its process. Raises: InputError if another holds it."""
+        lock = FileLock(self.folder / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(f"another diffpruning is running in {self.folder}: wait for it, or watch it with `diffpruning status`") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def stage_folder(self, stage: str, fingerprint: str) -> Path:
+        return self.folder / f"{stage}-{fingerprint[:8]}"
+
+    def done(self, stage: str, fingerprint: str) -> dict[str, Any] | None:
+        """The stage's done record, if it was finished under exactly this fingerprint."""
+        record = read_json(self.stage_folder(stage, fingerprint) / "done.json")
+        return record if record is not None and record.get("fingerprint") == fingerprint else None
+
+    def finish(self, stage: str, fingerprint: str, result: dict[str, Any], started: float, seconds: float) -> None:
+        record = {"schema": SCHEMA, "stage": stage, "fingerprint": fingerprint, "started": started, "seconds": seconds, "result": result}
+        write_json(self.stage_folder(stage, fingerprint) / "done.json", record)
+
+    def state(self, stage: str, fingerprint: str) -> str:
+        """done; partial (started under these settings); stale (done under other settings); or new."""
+        if self.done(stage, fingerprint) is not None:
+            return "done"
+        if self.stage_folder(stage, fingerprint).is_dir():
+            return "partial"
+        return "stale" if any(self.folder.glob(f"{stage}-????????/done.json")) else "new"
+
+    def set_aside(self, stage: str, fingerprint: str) -> None:
+        """Rename what was made under this fingerprint, so that it is made again; nothing is deleted."""
+        for folder in (self.stage_folder(stage, fingerprint), *self.folder.glob(f"train/{stage}-*-{fingerprint[:8]}")):
+            if folder.is_dir():
+                number = next(n for n in range(1, 10000) if not folder.with_name(f"{folder.name}.aside{n}").exists())
+                folder.rename(folder.with_name(f"{folder.name}.aside{number}"))
+
+
+def storage_error(error: OSError, folder: Path) -> str | None:
+    """One line for a disk that is full or cannot be written; None for any other error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left while writing under {folder}: free some and run the same command again; finished work is kept"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write {error.filename or folder}: {error.strerror}"
+    return None

@@ -1,0 +1,146 @@
+"""Real Ray: trainers that run at the same time and queue, resume by name, kill -9 of the driver, Tune trials, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.ray
+
+JOB = """
+name: small
+model: {path: MODEL}
+data: {path: DATA, holdout: 16}
+similarity: {measure: snr, timesteps: 8}
+partition: {experts: 3}
+specialize: {steps: 40, batch_size: 4, random_networks: 0, importance_images: 4, checkpoint_every: 5, ema_decay: 0.9}
+router: {images: 8, era_steps: 2, era_batch: 2}
+budgets: [{metric: macs, ratio: 0.6}]
+sampler: {scheduler: ddim, steps: 8}
+finetune: {steps: 4, batch_size: 4, checkpoint_every: 2, compare_uniform: false}
+evaluate: {images: 8, samples: 4, timesteps: 2}
+resources: {device: cpu, local_cpus: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(emoji, emoji_images, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "job.yaml").write_text(JOB.replace("MODEL", str(emoji)).replace("DATA", str(emoji_images)))
+    return folder
+
+
+def command(folder: Path, storage: str, *arguments: str) -> list[str]:
+    paths = [f"storage.path={folder / storage}", f"registry.path={folder / storage}-registry"]
+    sets = [word for path in paths for word in ("--set", path)]
+    return [sys.executable, "-m", "orchestrator", "run", str(folder / "job.yaml"), *sets, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "OMP_NUM_THREADS")}
+
+
+def diffpruning(folder: Path, storage: str, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, storage, *arguments), capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> tuple[Path, dict]:
+    """The whole job, undisturbed."""
+    done = diffpruning(folder, "calm", "--json")
+    assert done.returncode == 0, done.stderr
+    return folder / "calm" / "small", json.loads(done.stdout)
+
+
+def experts_of(run: Path, stage: str) -> list[dict]:
+    [record] = run.glob(f"{stage}-*/done.json")
+    experts = json.loads(record.read_text())["result"]["experts"]
+    return experts if isinstance(experts, list) else list(experts.values())
+
+
+def test_trainers_run_at_the_same_time_and_the_third_waits_for_a_slot(finished):
+    run, _ = finished
+    spans = sorted((e["started"], e["ended"]) for e in experts_of(run, "specialize"))
+    assert len(spans) == 3
+    assert spans[1][0] < spans[0][1], "the first two did not overlap"
+    assert spans[2][0] > min(spans[0][1], spans[1][1]), "the third did not wait, with two slots"
+
+
+def test_the_job_leaves_one_verified_version_within_its_budget(finished, folder):
+    _, found = finished
+    version = found["published"]["macs-0.60"]
+    assert version["reference"] == "small:1"
+    manifest = json.loads((Path(version["path"]) / "manifest.json").read_text())
+    plan = manifest["plan"]
+    spent = sum(share * cost["macs"] for share, cost in zip(plan["shares"], plan["expert_costs"], strict=True))
+    assert spent <= 0.6 * plan["dense_cost"]["macs"]
+
+
+def test_every_agent_had_a_tune_trial(finished):
+    run, _ = finished
+    [record] = run.glob("route-*/done.json")
+    trials = json.loads(record.read_text())["result"]["trials"]
+    assert {trial["agent"] for trial in trials} == {"uniform", "greedy", "era"}
+
+
+def test_the_same_command_again_is_quick_and_changes_nothing(finished, folder):
+    run, first = finished
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name not in ("progress.json", ".lock")}
+    started = time.monotonic()
+    again = diffpruning(folder, "calm", "--json")
+    assert json.loads(again.stdout) == first
+    assert again.stderr.count("already done") == 6
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p in before or p.name not in ("progress.json", ".lock")} == before
+    assert time.monotonic() - started < 60  # a hang, not a speed, is what this catches
+
+
+def test_killing_the_driver_in_specialize_loses_nothing_but_the_last_steps(finished, folder):
+    calm, _ = finished
+    run = folder / "killed" / "small"
+    process = subprocess.Popen(command(folder, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not list(run.glob("train/specialize-*/step_*/checkpoint.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no checkpoint within 200 s"
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(run.glob("specialize-*/done.json"))
+
+    again = diffpruning(folder, "killed")
+    assert again.returncode == 0, again.stderr
+    assert "resumed" in again.stderr
+    for one, two in zip(experts_of(calm, "specialize"), experts_of(run, "specialize"), strict=True):
+        a, b = load_file(f"{one['path']}/state.safetensors"), load_file(f"{two['path']}/state.safetensors")
+        assert all((a[name] == b[name]).all() for name in a), f"{one['interval']} differs after the kill"
+
+
+def test_a_job_that_can_never_fit_is_refused_before_anything_runs(folder):
+    done = diffpruning(folder, "toobig", "--set", "resources.cpus_per_worker=64")
+    assert done.returncode == 2
+    assert "never fit this cluster" in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert not list((folder / "toobig" / "small").glob("*/done.json"))
+
+
+def test_interrupt_ends_with_130_and_a_line(folder):
+    process = subprocess.Popen(command(folder, "interrupted"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    run = folder / "interrupted" / "small"
+    deadline = time.monotonic() + 200
+    while not list(run.glob("train/specialize-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in err
+    assert "Traceback" not in err

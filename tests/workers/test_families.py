@@ -1,0 +1,434 @@
+"""One contract for every model family: all uses of a sub-network agree, and what cannot be loaded is named."""
+
+import copy
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from workers import families
+from workers.branches import ShortcutAttention, ShortcutResnet
+from workers.contracts import ArchitectureSpec, BudgetUnreachable, ElasticSettings, InputError, SearchSpace
+from workers.cost import CostTable, cost_table, count, require_reachable
+from workers.elastic import Branch, Cut, ElasticDenoiser, extract, gated, gates_of, importance_order, reorder
+
+EVERYTHING = ElasticSettings(width_multiple=1, depth=True, importance="magnitude")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+class Subject(NamedTuple):
+    """One model under contract. ``compared``: how many random sub-networks are worth its run time."""
+
+    model: nn.Module
+    config: dict
+    branches: tuple[Branch, ...]
+    table: CostTable
+    compared: int
+
+    @property
+    def space(self) -> SearchSpace:
+        return self.table.space
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        gen = torch.Generator().manual_seed(0)
+        shape = (2, self.config["in_channels"], self.config["sample_size"], self.config["sample_size"])
+        return torch.randn(shape, generator=gen), torch.tensor([10, 700])
+
+    def random_specs(self) -> list[ArchitectureSpec]:
+        rng = random.Random(0)
+        return [ArchitectureSpec({site.name: rng.choice(site.choices) for site in self.space.sites}) for _ in range(self.compared)]
+
+    def dense_output(self) -> Tensor:
+        with torch.no_grad():
+            return self.model(*self.batch()).sample
+
+
+def subject_of(model: nn.Module, compared: int) -> Subject:
+    config = json.loads(model.to_json_string())
+    branches = families.family_of_config(config).sites(model, EVERYTHING)
+    return Subject(model, config, branches, cost_table(config, EVERYTHING), compared)
+
+
+@pytest.fixture(scope="module", params=[*families.names(), "emoji"])
+def subject(request: pytest.FixtureRequest, emoji: Path) -> Subject:
+    if request.param == "emoji":
+        return subject_of(families.load_denoiser(emoji), compared=10)
+    torch.manual_seed(0)
+    model = families.family(request.param).tiny()
+    with torch.no_grad():  # a fresh norm's bias is zero, which would hide a gate in the wrong place
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return subject_of(model, compared=50)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def units_of(parameter: Tensor, cut: Cut, units: int) -> Tensor:
+    """The parameter with its units first: [units, ...]."""
+    dim = cut.dim % parameter.dim()
+    return parameter.unflatten(dim, (cut.lead, units, -1)).movedim(dim + 1, 0)
+
+
+# --- all uses of a sub-network agree --------------------------------------------------------------------------------
+
+
+def test_dense_spec_equals_pretrained_output_exactly(subject):
+    elastic = ElasticDenoiser(subject.model, subject.branches)
+    with torch.no_grad():
+        assert torch.equal(elastic(*subject.batch(), subject.space.dense), subject.dense_output())
+        assert torch.equal(elastic(*subject.batch()), subject.dense_output())
+
+
+def test_reordering_the_units_does_not_change_the_function(subject):
+    turned, gen = copy.deepcopy(subject.model), torch.Generator().manual_seed(0)
+    reorder(turned, subject.branches, {b.site.name: torch.randperm(b.units, generator=gen).tolist() for b in subject.branches})
+    wide = next(b for b in subject.branches if b.units > 1)
+    assert not torch.equal(turned.get_parameter(wide.cuts[0].parameter), subject.model.get_parameter(wide.cuts[0].parameter))
+    with torch.no_grad():
+        assert relative_error(turned(*subject.batch()).sample, subject.dense_output()) < 1e-5
+
+
+def test_active_equals_masked_equals_extracted(subject):
+    elastic = ElasticDenoiser(subject.model, subject.branches)
+    with torch.no_grad():
+        for spec in [subject.space.smallest, subject.space.narrowest, *subject.random_specs()]:
+            active = elastic(*subject.batch(), spec)
+            with gated(subject.model, subject.branches, gates_of(subject.branches, spec)):
+                masked = subject.dense_output()
+            small = extract(subject.model, subject.branches, spec)(*subject.batch()).sample
+            assert relative_error(masked, active) < 1e-5, spec
+            assert relative_error(small, active) < 1e-5, spec
+
+
+def test_every_branch_matters_to_the_output(subject):
+    elastic = ElasticDenoiser(subject.model, subject.branches)
+    with torch.no_grad():
+        for site in subject.space.sites:
+            without = elastic(*subject.batch(), subject.space.dense.replace(site.name, site.choices[0]))
+            assert relative_error(without, subject.dense_output()) > 1e-4, site.name
+
+
+def test_extracting_leaves_the_original_alone(subject):
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    small = extract(subject.model, subject.branches, subject.space.narrowest)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
+
+
+def test_an_illegal_spec_cannot_be_extracted(subject):
+    site = subject.space.sites[0]
+    with pytest.raises(InputError, match=site.name):
+        extract(subject.model, subject.branches, subject.space.dense.replace(site.name, site.dense + 1))
+
+
+def test_gradients_of_inactive_units_are_exactly_zero(subject):
+    elastic = ElasticDenoiser(subject.model, subject.branches)
+    for spec in [subject.space.narrowest, *subject.random_specs()[:4]]:
+        subject.model.zero_grad(set_to_none=True)
+        elastic(*subject.batch(), spec).square().mean().backward()
+        for branch in subject.branches:
+            keep = spec[branch.site.name]
+            for cut in branch.cuts:
+                gradient = subject.model.get_parameter(cut.parameter).grad
+                if keep == 0:
+                    assert gradient is None, cut.parameter
+                    continue
+                units = units_of(gradient, cut, branch.units)
+                assert not units[keep:].any(), cut.parameter
+                # a key's bias shifts all of a query's scores alike, so the softmax gives it no gradient at all
+                assert units[:keep].any() or cut.parameter.endswith("to_k.bias"), cut.parameter
+    subject.model.zero_grad(set_to_none=True)
+
+
+def structure(model: nn.Module) -> dict:
+    return {
+        name: (m.num_groups if isinstance(m, nn.GroupNorm) else m.heads if isinstance(m, Attention) else None, "forward" in vars(m))
+        for name, m in model.named_modules()
+    }
+
+
+def test_a_forward_pass_leaves_the_structure_as_it_was(subject):
+    before, elastic = structure(subject.model), ElasticDenoiser(subject.model, subject.branches)
+    for spec in [subject.space.smallest, subject.space.narrowest, subject.random_specs()[0]]:
+        with torch.no_grad():
+            elastic(*subject.batch(), spec)
+        assert structure(subject.model) == before
+
+
+def test_a_failed_forward_pass_leaves_the_structure_as_it_was(subject):
+    before, expected, elastic = structure(subject.model), subject.dense_output(), ElasticDenoiser(subject.model, subject.branches)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    last = list(subject.model.children())[-1].register_forward_hook(fail)
+    for spec in [subject.space.smallest, subject.space.narrowest]:
+        with pytest.raises(ZeroDivisionError):
+            elastic(*subject.batch(), spec)
+        assert structure(subject.model) == before
+    last.remove()
+    assert torch.equal(subject.dense_output(), expected)
+
+
+def test_gates_go_when_the_context_ends(subject):
+    with pytest.raises(ZeroDivisionError), gated(subject.model, subject.branches, gates_of(subject.branches, subject.space.smallest)):
+        raise ZeroDivisionError
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in subject.model.modules())
+
+
+@pytest.mark.parametrize("measure", ["taylor", "magnitude"])
+def test_a_unit_that_nothing_reads_is_the_least_important(subject, measure):
+    model = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        for branch in subject.branches:
+            weight = model.get_submodule(branch.gate).get_parameter("weight")
+            weight.unflatten(1, (branch.units, -1))[:, 0] = 0
+
+    def losses() -> Iterator[Tensor]:
+        yield F.mse_loss(model(*subject.batch()).sample, torch.ones(()).expand(subject.batch()[0].shape))
+
+    for branch, order in zip(subject.branches, importance_order(model, subject.branches, losses, measure).values(), strict=True):
+        assert sorted(order) == list(range(branch.units))
+        assert order[-1] == 0, branch.site.name
+
+
+# --- what is extracted ----------------------------------------------------------------------------------------------
+
+
+def test_an_extracted_expert_is_made_of_the_host_librarys_modules(subject):
+    for spec in [subject.space.smallest, subject.space.narrowest]:
+        for module in extract(subject.model, subject.branches, spec).modules():
+            assert type(module).__module__.split(".")[0] in ("torch", "diffusers") or type(module) in (ShortcutResnet, ShortcutAttention)
+
+
+def test_a_shrunk_layer_tells_its_true_sizes(subject):
+    for module in extract(subject.model, subject.branches, subject.space.narrowest).modules():
+        if isinstance(module, nn.Conv2d):
+            assert (module.out_channels, module.in_channels) == module.weight.shape[:2]
+        elif isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == module.weight.shape
+        elif isinstance(module, nn.GroupNorm):
+            assert module.num_channels == len(module.weight)
+
+
+def test_saved_weights_load_in_an_expert_rebuilt_on_the_meta_device(subject):
+    for spec in subject.random_specs()[:3]:
+        small = extract(subject.model, subject.branches, spec)
+        with torch.device("meta"):
+            dense = families.build(subject.config)
+        rebuilt = extract(dense, families.family_of_config(subject.config).sites(dense, EVERYTHING), spec).eval()
+        rebuilt.load_state_dict(small.state_dict(), assign=True)
+        with torch.no_grad():
+            assert torch.equal(rebuilt(*subject.batch()).sample, small(*subject.batch()).sample)
+
+
+def test_distilled_features_keep_their_shapes_in_every_sub_network(subject):
+    names, shapes = families.family_of_config(subject.config).features(subject.model), []
+
+    def note(_: nn.Module, __: object, output: object) -> None:
+        shapes[-1].append((output[0] if isinstance(output, tuple) else output).shape)
+
+    handles = [subject.model.get_submodule(name).register_forward_hook(note) for name in names]
+    for spec in [subject.space.dense, subject.space.smallest, subject.space.narrowest]:
+        shapes.append([])
+        with torch.no_grad():
+            ElasticDenoiser(subject.model, subject.branches)(*subject.batch(), spec)
+    for handle in handles:
+        handle.remove()
+    assert len(names) == len(shapes[0]) > 0 and shapes[0] == shapes[1] == shapes[2]
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def test_cost_falls_with_every_smaller_choice_of_every_site(subject):
+    for site in subject.space.sites:
+        costs = [subject.table.cost(subject.space.dense.replace(site.name, choice)) for choice in site.choices]
+        assert len(costs) > 1
+        for smaller, larger in zip(costs, costs[1:], strict=False):
+            assert 0 < smaller.macs < larger.macs and 0 < smaller.params < larger.params, site.name
+
+
+def test_the_cost_table_equals_the_count_of_the_extracted_model(subject):
+    with torch.device("meta"):
+        dense = families.build(subject.config).eval()
+    branches = families.family_of_config(subject.config).sites(dense, EVERYTHING)
+    for spec in [subject.space.dense, subject.space.smallest, *subject.random_specs()[:8]]:
+        assert subject.table.cost(spec) == count(extract(dense, branches, spec), subject.config)[0]
+
+
+def test_macs_include_the_products_of_attention(subject):
+    """Convolutions, linear layers, and twice tokens^2 x width for the scores and the mix, all counted by hand."""
+    macs = 0
+
+    def layer(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs
+        macs += output[0].numel() * module.weight[0].numel()
+
+    def attention(module: Attention, args: tuple[Tensor, ...], _: Tensor) -> None:
+        nonlocal macs
+        macs += 2 * args[0][0, 0].numel() ** 2 * module.inner_dim
+
+    handles = [m.register_forward_hook(layer) for m in subject.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    attentions = [m for m in subject.model.modules() if isinstance(m, Attention)]
+    handles += [m.register_forward_hook(attention) for m in attentions]
+    with torch.no_grad():
+        subject.model(*subject.batch())
+    for handle in handles:
+        handle.remove()
+    assert attentions and subject.table.dense.macs == macs
+    assert subject.table.dense.params == sum(p.numel() for p in subject.model.parameters())
+
+
+def test_a_budget_below_the_smallest_sub_network_is_refused_at_once(subject):
+    smallest = subject.table.smallest_ratio
+    require_reachable(subject.table, smallest, "budgets.ratio")
+    with pytest.raises(BudgetUnreachable, match=f"budgets.ratio is .* needs {smallest:.3f}"):
+        require_reachable(subject.table, smallest * 0.999, "budgets.ratio")
+
+
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_widths_are_multiples_that_the_hardware_likes(subject, multiple):
+    branches = families.family_of_config(subject.config).sites(subject.model, ElasticSettings(multiple, False, "magnitude"))
+    assert any(len(branch.site.choices) > 1 for branch in branches)
+    for branch in branches:
+        width = subject.model.get_submodule(branch.gate).weight.shape[1] // branch.units
+        assert branch.site.dense == branch.units and branch.site.choices[0] > 0
+        assert all(choice * width % multiple == 0 for choice in branch.site.choices[:-1])
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, emoji: Path) -> Path:
+    """A copy of the bundled pipeline, to be broken."""
+    return Path(shutil.copytree(emoji, tmp_path / "ddpm"))
+
+
+def error_of(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        families.load_denoiser(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_config(pipeline: Path, **changes: object) -> None:
+    path = pipeline / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    assert f"no such folder: {tmp_path / 'nowhere'}" in error_of(tmp_path / "nowhere")
+
+
+def test_a_file_instead_of_a_folder_is_named(pipeline):
+    assert f"{pipeline / WEIGHTS} is a file" in error_of(pipeline / WEIGHTS)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    assert f"{tmp_path} holds no unet/config.json" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_an_unreadable_config_is_named(pipeline, text):
+    (pipeline / "unet" / "config.json").write_text(text, encoding="latin-1")
+    assert str(pipeline / "unet" / "config.json") in error_of(pipeline)
+
+
+def test_an_unknown_class_is_named_with_the_known_ones(pipeline):
+    edit_config(pipeline, _class_name="UNet3DModel")
+    text = error_of(pipeline)
+    assert "UNet3DModel" in text and all(name in text for name in families.names())
+
+
+@pytest.mark.parametrize("changes", [{"num_class_embeds": 10}, {"class_embed_type": "timestep"}])
+def test_a_class_conditional_model_is_refused(pipeline, changes):
+    edit_config(pipeline, **changes)
+    assert "class labels" in error_of(pipeline)
+
+
+@pytest.mark.parametrize("size", [None, [32, 64]])
+def test_samples_that_are_not_square_are_refused(pipeline, size):
+    edit_config(pipeline, sample_size=size)
+    assert "sample_size" in error_of(pipeline)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, 1_000_000])
+def test_truncated_weights_are_named(pipeline, kept):
+    content = (pipeline / WEIGHTS).read_bytes()
+    (pipeline / WEIGHTS).write_bytes(content[:kept])
+    assert f"the weights in {pipeline / 'unet'} cannot be read" in error_of(pipeline)
+
+
+def test_missing_weights_are_named(pipeline):
+    (pipeline / WEIGHTS).unlink()
+    assert f"the weights in {pipeline / 'unet'} cannot be read" in error_of(pipeline)
+
+
+def test_weights_of_another_shape_are_named(pipeline):
+    edit_config(pipeline, block_out_channels=[32, 64, 128])
+    assert f"the weights in {pipeline / 'unet'}" in error_of(pipeline)
+
+
+def test_a_missing_key_is_named(pipeline):
+    weights = load_file(pipeline / WEIGHTS)
+    del weights["conv_out.bias"]
+    save_file(weights, pipeline / WEIGHTS, metadata={"format": "pt"})
+    assert "missing conv_out.bias" in error_of(pipeline)
+
+
+def test_an_extra_key_is_named(pipeline):
+    save_file({**load_file(pipeline / WEIGHTS), "attic.bias": torch.zeros(1)}, pipeline / WEIGHTS, metadata={"format": "pt"})
+    assert "unexpected attic.bias" in error_of(pipeline)
+
+
+def test_the_oldest_pipeline_layout_loads(pipeline, tmp_path, emoji):
+    flat = tmp_path / "flat"
+    shutil.copytree(pipeline / "unet", flat)
+    shutil.copy(pipeline / "scheduler" / "scheduler_config.json", flat)
+    loaded, expected = families.load_denoiser(flat).state_dict(), families.load_denoiser(emoji).state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert families.load_scheduler_config(flat) == families.load_scheduler_config(emoji)
+    assert families.model_digest(flat) == families.model_digest(emoji)
+
+
+def test_a_model_is_loaded_in_float32_in_eval_mode(emoji):
+    model = families.load_denoiser(emoji)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_models_digest_follows_weights_and_configs_only(pipeline, emoji):
+    before = families.model_digest(emoji)
+    edit_config(pipeline, _name_or_path="elsewhere")
+    assert families.model_digest(pipeline) == before
+    weights = load_file(pipeline / WEIGHTS)
+    weights["conv_out.bias"] += 1
+    save_file(weights, pipeline / WEIGHTS, metadata={"format": "pt"})
+    changed = families.model_digest(pipeline)
+    edit_config(pipeline, norm_eps=1e-6)
+    assert len({before, changed, families.model_digest(pipeline)}) == 3
+
+
+def test_a_pipeline_without_a_scheduler_is_named(pipeline):
+    shutil.rmtree(pipeline / "scheduler")
+    with pytest.raises(InputError, match="holds no scheduler/scheduler_config.json"):
+        families.load_scheduler_config(pipeline)
+
+
+def test_an_unknown_family_is_named():
+    with pytest.raises(InputError, match="unknown model family 'attic': known are .*unet2d"):
+        families.family("attic")

@@ -1,0 +1,134 @@
+"""One expert's training: exact resume, derived randomness, data parallelism, and losses that go down."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from workers import data, families, tasks, training
+from workers.contracts import ElasticSettings, ExpertTask, ImageTask, Interval, RunFailed, TrainSettings
+from workers.session import Session
+
+SETTINGS = TrainSettings(
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-3,
+    warmup_steps=2,
+    weight_decay=0.01,
+    ema_decay=0.9,
+    max_grad_norm=1.0,
+    mixed_precision="no",
+    checkpoint_every=3,
+    outside_fraction=0.2,
+    output_weight=1.0,
+    feature_weight=0.5,
+    denoising_weight=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def task(emoji, emoji_images, tmp_path_factory) -> ExpertTask:
+    out = tmp_path_factory.mktemp("cache") / "images.arrow"
+    data.build_cache(ImageTask(str(emoji_images), 3, 32, False, "refuse", str(out)))
+    return ExpertTask(
+        stage="specialize",
+        model=str(emoji),
+        images=str(out),
+        rows=tuple(range(40)),
+        interval=Interval(300, 600),
+        elastic=ElasticSettings(width_multiple=8, depth=True, importance="taylor"),
+        train=SETTINGS,
+        random_networks=1,
+        importance_images=4,
+        seed=5,
+        flip=True,
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+class DiesAfter(Session):
+    """A session whose process is lost right after the checkpoint of a step."""
+
+    def save(self, step, write):
+        super().save(step, write)
+        if step == 3:
+            raise Killed
+
+
+def test_six_steps_equal_three_and_resume_and_three(task, tmp_path):
+    whole = tasks.train_expert(Session(folder=str(tmp_path / "whole")), task)
+    with pytest.raises(Killed):
+        tasks.train_expert(DiesAfter(folder=str(tmp_path / "halves")), task)
+    halves = tasks.train_expert(Session(folder=str(tmp_path / "halves")), task)
+    one, two = load_file(f"{whole.path}/state.safetensors"), load_file(f"{halves.path}/state.safetensors")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert whole.loss == halves.loss
+
+
+def test_a_finished_run_trains_no_further(task, tmp_path):
+    session = Session(folder=str(tmp_path))
+    first = tasks.train_expert(session, task)
+    before = load_file(f"{first.path}/state.safetensors")
+    again = tasks.train_expert(session, task)
+    after = load_file(f"{again.path}/state.safetensors")
+    assert again.step == first.step
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_finetuned_expert_is_small_and_its_loss_falls(task, tmp_path):
+    elastic = tasks.train_expert(Session(folder=str(tmp_path / "elastic")), dataclasses.replace(task, train=dataclasses.replace(SETTINGS, steps=1)))
+    model = families.load_denoiser(task.model)
+    space = families.family("unet2d").sites(model, task.elastic)
+    narrow = training.SearchSpace(tuple(branch.site for branch in space)).narrowest
+    long = dataclasses.replace(SETTINGS, steps=30, checkpoint_every=30, learning_rate=2e-3)
+    small = dataclasses.replace(task, stage="finetune", source=elastic.path, spec=narrow, train=long)
+    done = tasks.train_expert(Session(folder=str(tmp_path / "small")), small)
+    state, about = tasks.checkpoint.read(done.path, prefix="ema.")
+    assert sum(t.numel() for t in state.values()) < 0.5 * sum(p.numel() for p in model.parameters())
+    losses = [loss for _, loss in about["history"]]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_key_to_change(task, tmp_path):
+    wild = dataclasses.replace(task, train=dataclasses.replace(SETTINGS, learning_rate=1e30, max_grad_norm=1e30, warmup_steps=0))
+    with pytest.raises(RunFailed, match=r"t0300-0600: the loss is .* lower specialize.learning_rate"):
+        tasks.train_expert(Session(folder=str(tmp_path)), wild)
+
+
+def test_learning_rate_is_a_pure_function_that_warms_up_and_ends_near_zero():
+    settings = dataclasses.replace(SETTINGS, steps=100, warmup_steps=10)
+    rates = [training.learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[10] == max(rates) == pytest.approx(1e-3)
+    assert rates[-1] < 1e-5
+
+
+def test_all_ranks_and_all_reruns_train_the_same_sub_networks():
+    model = families.family("unet2d").tiny()
+    elastic = training.ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
+    first, again = training.sandwich(elastic.space, 2, 7), training.sandwich(elastic.space, 2, 7)
+    assert [first(step) for step in (0, 3, 1)] == [again(step) for step in (0, 3, 1)]
+    assert first(0) != first(1)
+    assert first(0)[-1] is None
+    assert first(0)[-2] == elastic.space.narrowest
+
+
+def test_random_networks_span_small_and_large_and_are_legal():
+    model = families.family("unet2d").tiny()
+    elastic = training.ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
+    rng = random.Random(0)
+    sizes = []
+    for _ in range(200):
+        spec = training.random_network(elastic.space, rng)
+        elastic.space.check(spec)
+        sizes.append(sum(spec.choices.values()) / sum(elastic.space.dense.choices.values()))
+    assert min(sizes) < 0.2
+    assert max(sizes) > 0.9

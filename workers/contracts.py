@@ -1,0 +1,551 @@
+"""Every type that crosses a process or the disk: frozen, checked when built, JSON both ways.
+
+Standard library only, so that the driver can plan without torch. Legend for the whole project:
+T = num_timesteps of training (1000), T' = points of the similarity grid, K = experts.
+Ranges are half-open: an interval [start, stop) owns start, and stop belongs to the next, noisier expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+
+class InputError(ValueError):
+    """A mistake of the user's: one line that says what, which value, and what to do. Exit code 2."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class BudgetUnreachable(InputError):
+    """No sub-network is small enough for the budget. Exit code 3."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class VerificationError(InputError):
+    """A published file is not what its manifest says. Exit code 4."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class RunFailed(RuntimeError):
+    """Work failed for a reason outside the user's input; the text names the part, its log and how to go on. Exit code 1."""
+
+    exit_code: ClassVar[int] = 1
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def derive_seed(*parts: int | str | float) -> int:
+    """A 63-bit seed that depends on every part and on nothing else: randomness is derived, never carried."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def interval_index(timestep: Any, boundaries: typing.Sequence[int]) -> Any:
+    """Which interval a timestep belongs to: the number of boundaries at or below it.
+
+    The one router of the project: analysis, training, search and sampling all use it. Accepts an int, a float,
+    a numpy array or a torch tensor of any shape, and answers with an int or an integer array of that shape.
+    """
+    index: Any = (timestep < 0) * 0  # a zero of the timestep's own shape
+    for boundary in boundaries:
+        index = (timestep >= boundary) + index
+    return index
+
+
+class Record:
+    """JSON both ways for frozen dataclasses: nested records, tuples, dicts, optionals; unknown keys are errors."""
+
+    SCHEMA: ClassVar[int] = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": self.SCHEMA, **_encode(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Raises: InputError on a missing or unknown key, a value of the wrong kind, or another schema version."""
+        if not isinstance(data, dict):
+            raise InputError(f"{cls.__name__}: {data!r} is not an object")
+        found = data.get("schema", cls.SCHEMA)
+        if found != cls.SCHEMA:
+            raise InputError(f"{cls.__name__}: schema {found} is not {cls.SCHEMA}: use the version of diffpruning that wrote it")
+        return typing.cast(Self, _decode(cls, {key: value for key, value in data.items() if key != "schema"}, cls.__name__))
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    return value
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _decode(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}: {value!r} is not a list")
+        return tuple(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: {value!r} is not an object")
+        return {str(key): _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: {value!r} is not an object")
+        declared = {f.name: f for f in dataclasses.fields(kind)}
+        unknown = sorted(set(value) - set(declared))
+        required = {n for n, f in declared.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+        missing = sorted(required - set(value))
+        if unknown or missing:
+            raise InputError(f"{where}: " + "; ".join(f"{word} key {', '.join(keys)}" for word, keys in (("unknown", unknown), ("missing", missing)) if keys))
+        hints = _hints(kind)
+        return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{where}: {value!r} is not of type {kind.__name__}")
+    return value
+
+
+# --- timesteps ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class Interval(Record):
+    """Training timesteps [start, stop)."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise InputError(f"interval [{self.start}, {self.stop}) is empty or negative")
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def name(self) -> str:
+        return f"t{self.start:04d}-{self.stop:04d}"
+
+
+@dataclass(frozen=True)
+class Partition(Record):
+    """K touching intervals that cover [0, num_timesteps)."""
+
+    intervals: tuple[Interval, ...]
+
+    def __post_init__(self) -> None:
+        if not self.intervals or self.intervals[0].start != 0:
+            raise InputError("a partition has at least one interval and starts at timestep 0")
+        for left, right in zip(self.intervals, self.intervals[1:], strict=False):
+            if left.stop != right.start:
+                raise InputError(f"intervals {left.name} and {right.name} do not touch")
+
+    @classmethod
+    def from_boundaries(cls, boundaries: typing.Sequence[int], num_timesteps: int) -> Partition:
+        """``boundaries``: the K - 1 inner cuts, ascending."""
+        edges = [0, *boundaries, num_timesteps]
+        return cls(tuple(Interval(a, b) for a, b in zip(edges, edges[1:], strict=False)))
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        return tuple(interval.start for interval in self.intervals[1:])
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.intervals[-1].stop
+
+    def index_of(self, timestep: float) -> int:
+        """The expert that serves ``timestep`` (an int or a float of the training axis)."""
+        return int(interval_index(timestep, self.boundaries))
+
+    def __len__(self) -> int:
+        return len(self.intervals)
+
+
+@dataclass(frozen=True)
+class SimilarityMatrix(Record):
+    """How alike the grid's timesteps are: ``values[i][j]`` is the cosine similarity of timesteps i and j.
+
+    ``reliability[i]`` is the cosine between two halves of the images at timestep i: near 1, the row is measured; near 0, it is noise.
+    """
+
+    measure: str
+    num_timesteps: int
+    timesteps: tuple[int, ...]
+    values: tuple[tuple[float, ...], ...]
+    reliability: tuple[float, ...]
+    images: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.timesteps)
+        if n == 0 or len(self.values) != n or any(len(row) != n for row in self.values) or len(self.reliability) != n:
+            raise InputError(f"a similarity matrix over {n} timesteps needs {n} x {n} values and {n} reliabilities")
+        if any(a >= b for a, b in zip((-1, *self.timesteps), (*self.timesteps, self.num_timesteps), strict=True)):
+            raise InputError(f"grid timesteps must ascend within [0, {self.num_timesteps})")
+
+
+# --- architectures --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ElasticSite(Record):
+    """One residual branch whose inner width can shrink. ``choices``: units kept, ascending, the last one dense; 0 drops the branch."""
+
+    name: str
+    choices: tuple[int, ...]
+    unit: str
+
+    def __post_init__(self) -> None:
+        if not self.choices or list(self.choices) != sorted(set(self.choices)) or self.choices[0] < 0 or self.dense == 0:
+            raise InputError(f"site {self.name}: choices {self.choices} must be distinct, ascending and not negative, the last one positive")
+
+    @property
+    def dense(self) -> int:
+        return self.choices[-1]
+
+    @property
+    def narrowest(self) -> int:
+        """The smallest choice that keeps the branch."""
+        return next(choice for choice in self.choices if choice > 0)
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec(Record):
+    """One sub-network: how many units each site keeps."""
+
+    choices: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.choices)[:12]
+
+    def __getitem__(self, site: str) -> int:
+        return self.choices[site]
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.choices.items())))
+
+    def replace(self, site: str, choice: int) -> ArchitectureSpec:
+        return ArchitectureSpec({**self.choices, site: choice})
+
+
+@dataclass(frozen=True)
+class SearchSpace(Record):
+    """Every legal sub-network of one denoiser."""
+
+    sites: tuple[ElasticSite, ...]
+
+    @property
+    def dense(self) -> ArchitectureSpec:
+        return ArchitectureSpec({site.name: site.dense for site in self.sites})
+
+    @property
+    def smallest(self) -> ArchitectureSpec:
+        return ArchitectureSpec({site.name: site.choices[0] for site in self.sites})
+
+    @property
+    def narrowest(self) -> ArchitectureSpec:
+        """Every branch kept at its smallest width: the small end of the sandwich rule."""
+        return ArchitectureSpec({site.name: site.narrowest for site in self.sites})
+
+    def check(self, spec: ArchitectureSpec) -> None:
+        """Raises: InputError if a site is missing or unknown, or a choice is not legal."""
+        names = {site.name for site in self.sites}
+        if names != set(spec.choices):
+            odd = sorted(names ^ set(spec.choices))
+            raise InputError(f"architecture does not fit the search space: {odd[0]} is in only one of the two")
+        for site in self.sites:
+            if spec[site.name] not in site.choices:
+                raise InputError(f"site {site.name}: {spec[site.name]} is not one of {site.choices}")
+
+
+@dataclass(frozen=True)
+class Cost(Record):
+    """What one forward pass of one image takes. ``macs`` counts multiply-accumulates, attention products included."""
+
+    macs: int
+    params: int
+    latency_ms: float | None = None
+
+
+METRICS = ("macs",)
+
+
+@dataclass(frozen=True)
+class Budget(Record):
+    """A target: the mixture's schedule-weighted cost is at most ``ratio`` of the dense model's."""
+
+    metric: str
+    ratio: float
+    scheduler: str
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise InputError(f"budget metric {self.metric!r} is not one of {', '.join(METRICS)}")
+        if not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
+            raise InputError(f"budget ratio {self.ratio} is not in (0, 1]")
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric}-{self.ratio:.2f}"
+
+
+@dataclass(frozen=True)
+class MixturePlan(Record):
+    """Who gets which sub-network: one architecture per interval, within one budget."""
+
+    budget: Budget
+    agent: str
+    seed: int
+    partition: Partition
+    experts: tuple[ArchitectureSpec, ...]
+    shares: tuple[float, ...]
+    """Part of the sampler's steps that each expert serves; sums to 1."""
+    expert_costs: tuple[Cost, ...]
+    dense_cost: Cost
+    loss: float
+    """Search loss on the calibration images: normalised, schedule-weighted; lower is better."""
+    search_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not len(self.experts) == len(self.shares) == len(self.expert_costs) == len(self.partition):
+            raise InputError(f"a plan for {len(self.partition)} intervals needs as many experts, shares and costs")
+
+    @property
+    def macs(self) -> float:
+        """Schedule-weighted MACs of one denoising step."""
+        return sum(share * cost.macs for share, cost in zip(self.shares, self.expert_costs, strict=True))
+
+    @property
+    def cost_ratio(self) -> float:
+        return self.macs / self.dense_cost.macs
+
+
+# --- work that is handed to a worker --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExpertCheckpoint(Record):
+    """A pointer to one expert's weights, never the weights. ``started`` and ``ended`` are seconds since the epoch of the last attempt."""
+
+    interval: Interval
+    path: str
+    step: int
+    loss: float
+    started: float = 0.0
+    ended: float = 0.0
+
+
+@dataclass(frozen=True)
+class ImageTask(Record):
+    """Decode a folder or Parquet into the memory-mapped image cache. ``channels`` and ``size`` are the denoiser's."""
+
+    path: str
+    channels: int
+    size: int
+    resize: bool
+    on_error: str
+    out: str
+
+
+@dataclass(frozen=True)
+class SimilarityTask(Record):
+    """Embed some timesteps of the grid, for every minibatch, under one measure."""
+
+    measure: str
+    model: str
+    images: str
+    rows: tuple[int, ...]
+    """Which images of the cache to use, in order; minibatch b is rows[b * batch_size : (b + 1) * batch_size]."""
+    timesteps: tuple[int, ...]
+    batch_size: int
+    buckets: int
+    seed: int
+    device: str
+    out: str
+
+
+@dataclass(frozen=True)
+class ElasticSettings(Record):
+    """Which sub-networks are legal: widths are multiples of ``width_multiple`` channels; ``depth`` allows dropping whole branches."""
+
+    width_multiple: int
+    depth: bool
+    importance: str
+
+
+@dataclass(frozen=True)
+class TrainSettings(Record):
+    """One expert's training; meanings and bounds are those of the job file's ``specialize`` and ``finetune`` sections."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    ema_decay: float
+    max_grad_norm: float
+    mixed_precision: str
+    checkpoint_every: int
+    outside_fraction: float
+    output_weight: float
+    feature_weight: float
+    denoising_weight: float
+
+
+@dataclass(frozen=True)
+class ExpertTask(Record):
+    """Train one expert. ``source`` and ``spec`` set: fine-tune that extracted sub-network; not set: train the elastic copy."""
+
+    stage: str
+    model: str
+    images: str
+    rows: tuple[int, ...]
+    interval: Interval
+    elastic: ElasticSettings
+    train: TrainSettings
+    random_networks: int
+    importance_images: int
+    seed: int
+    flip: bool
+    source: str | None = None
+    spec: ArchitectureSpec | None = None
+    label: str = ""
+    """Put before the interval's name in progress lines."""
+
+
+@dataclass(frozen=True)
+class RouteSettings(Record):
+    """How much each agent may search; meanings and bounds are those of the job file's ``router`` section."""
+
+    images: int
+    era_steps: int
+    era_batch: int
+    era_learning_rate: float
+    cost_weight: float
+    temperature: float
+
+
+@dataclass(frozen=True)
+class RouteTask(Record):
+    """Search one plan: one budget, one agent, one seed. ``sensitivity`` points to the tables measured once per expert."""
+
+    model: str
+    images: str
+    rows: tuple[int, ...]
+    partition: Partition
+    elastic: ElasticSettings
+    experts: tuple[ExpertCheckpoint, ...]
+    budget: Budget
+    agent: str
+    seed: int
+    settings: RouteSettings
+    device: str
+    search_seed: int = 0
+    """Seed of the agent; ``seed`` alone decides the calibration images' noise, so that all trials see the same."""
+    sensitivity: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DenoiserRef(Record):
+    """A denoiser to evaluate. ``experts`` are small checkpoints; empty means the plan is cut from the pretrained weights, no plan means dense."""
+
+    label: str
+    plan: MixturePlan | None = None
+    experts: tuple[ExpertCheckpoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluateTask(Record):
+    """Measure one denoiser on one shard of held-out images and one shard of fixed noise."""
+
+    denoiser: DenoiserRef
+    model: str
+    images: str
+    rows: tuple[int, ...]
+    noise_seeds: tuple[int, ...]
+    """One seed per generated sample, so that neither batch size nor sharding changes a sample."""
+    partition: Partition
+    elastic: ElasticSettings
+    scheduler: str
+    steps: int
+    batch_size: int
+    timesteps: tuple[int, ...]
+    seed: int
+    device: str
+    out: str
+
+
+# --- what is published ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Provenance(Record):
+    """Where a mixture comes from. Holds no clock, so that the same run publishes the same bytes."""
+
+    job: str
+    fingerprint: str
+    model: str
+    model_digest: str
+    data: str
+    data_digest: str
+    seed: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class MixtureManifest(Record):
+    """The first page of a published version: what it is, how it was made, how good it is, and the hash of every file."""
+
+    name: str
+    family: str
+    plan: MixturePlan
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    provenance: Provenance
+    files: dict[str, str]
+    """Relative POSIX path -> sha256 of every file of the version but the manifest itself."""
+
+
+@dataclass(frozen=True)
+class Progress(Record):
+    """One line of a run's progress, sent by a worker to the driver."""
+
+    stage: str
+    unit: str
+    step: int
+    steps: int
+    loss: float | None = None
+    images_per_s: float | None = None
+    seconds: float = 0.0
+    """Time spent on this unit so far, in this attempt."""
+    first_step: int = 0
+    """Where this attempt started, so that an estimate of the rest counts only what it did itself."""
+    note: str = ""

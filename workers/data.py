@@ -1,0 +1,390 @@
+"""Images in: folders, Parquet and Hub data sets become one memory-mapped Arrow file that every worker shares.
+
+Legend: B = rows asked for, C = channels, H = W = size of the denoiser's images. Ranges are half-open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from workers.contracts import ImageTask, InputError, derive_seed, digest_of
+
+SCHEMA = 1
+ABOUT = b"diffpruning.images"
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # no EPS: opening one would run Ghostscript
+HUB = "hf://datasets/"
+MODES = {1: "L", 3: "RGB"}
+RESIZE_FILTER = Image.Resampling.LANCZOS
+MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb
+BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20  # a record batch has at most so many rows and about so many bytes
+WINDOW = 64  # images read ahead of the writer, decoded in threads
+
+
+class _Source(NamedTuple):
+    """The files of one data set, as sorted POSIX names relative to ``root``: one of the two tuples is empty."""
+
+    root: Path
+    images: tuple[str, ...]
+    parquet: tuple[str, ...]
+
+
+class _Item(NamedTuple):
+    name: str
+    payload: Path | bytes | None
+    label: int | None = None
+
+
+def resolve(path: str) -> Path:
+    """The local folder or file that ``path`` names; ``hf://datasets/ORG/NAME[/sub/folder]`` is downloaded to the Hub's cache.
+
+    Raises: InputError if it does not exist or the Hub refuses.
+    """
+    if not path.startswith("hf://"):
+        local = Path(path).expanduser()
+        if not local.exists():
+            raise InputError(f"data.path: no such file or folder: {path}")
+        return local
+    parts = [part for part in path.removeprefix(HUB).split("/") if part]
+    if not path.startswith(HUB) or len(parts) < 2 or ".." in parts:
+        raise InputError(f"data.path: {path} is not of the form {HUB}ORG/NAME[/sub/folder]")
+    import huggingface_hub
+
+    below = "/".join(parts[2:])
+    suffixes = [case for suffix in (*IMAGES, ".parquet") for case in (suffix, suffix.upper())]
+    patterns = [f"{below}/*{suffix}" if below else f"*{suffix}" for suffix in suffixes] + [below] * bool(below)
+    try:
+        folder = huggingface_hub.snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=patterns)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk is no mistake in data.path
+            raise
+        raise InputError(f"data.path: {path} cannot be downloaded: {_reason(error)}") from error
+    if not (Path(folder) / below).exists():
+        raise InputError(f"data.path: no images or Parquet files in {path}")
+    return Path(folder) / below
+
+
+def identity(path: str) -> str:
+    """sha256 (hex) that tells data sets apart without decoding: relative names and sizes in bytes, and each Parquet file's footer.
+
+    Does not depend on where the folder lies. Does not notice an image file rewritten at exactly equal size, nor a Parquet file
+    rewritten with equal size, layout and column statistics.
+    """
+    return _identity(_find(path))
+
+
+def check(path: str, channels: int, size: int, resize: bool) -> int:
+    """How many images (files, or Parquet rows) are there, read from directory entries and headers alone.
+
+    Raises: InputError if there is none, a Parquet file has no images, or the first image does not fit and ``resize`` is off.
+    """
+    _check_channels(channels)
+    source = _find(path)
+    count = len(source.images) + sum(_open_parquet(source.root / name).metadata.num_rows for name in source.parquet)
+    if not count:
+        raise InputError(f"data.path: no images under {path}: its Parquet files have no rows")
+    found, payload = (size, size), next(_items(source)).payload
+    with contextlib.suppress(Exception):  # an unreadable image is for the build to refuse or skip
+        with _open_image(payload or b"") as image:
+            found = image.size
+    if found != (size, size) and not resize:
+        raise InputError(f"data.path: images are {_misfit(found, size)}")
+    return count
+
+
+class ImageCache:
+    """The decoded images of one data set, read in place: processes of one machine share the pages, and none of them holds the data.
+
+    ``count`` images of ``shape`` (C, H, W); ``skipped`` names what could not be decoded; ``labels`` is int64 [count], -1 where
+    the source has null, or None if it has no labels; ``about`` is what the file says of itself, ``identity`` included.
+    """
+
+    def __init__(self, about: dict[str, Any], skipped: tuple[str, ...], blocks: list[np.ndarray], labels: np.ndarray | None) -> None:
+        self.about, self.skipped, self.labels = about, skipped, labels
+        self.identity: str = about["identity"]
+        self.shape: tuple[int, int, int] = tuple(about["shape"])
+        self._blocks = blocks
+        self._starts = np.cumsum([0, *map(len, blocks)])
+        self.count = int(self._starts[-1])
+
+    @classmethod
+    def open(cls, path: str | Path) -> ImageCache:
+        """Raises: InputError naming the file if it is missing, truncated, or no image cache."""
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            about = json.loads(reader.schema.metadata[ABOUT])
+            if about["schema"] != SCHEMA:
+                raise InputError(f"{path}: schema {about['schema']} is not {SCHEMA}: use the version of diffpruning that wrote it")
+            width = int(np.prod(about["shape"]))
+            if reader.schema.field("image").type != pa.binary(width):
+                raise ValueError(f"column image is not {width} bytes wide")
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches - 1)]
+            skipped = json.loads(reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata[ABOUT])["skipped"]
+            blocks = [np.frombuffer(b["image"].buffers()[1], np.uint8, len(b) * width, b["image"].offset * width) for b in batches]
+            labels = [batch["label"].fill_null(-1).to_numpy() for batch in batches if "label" in reader.schema.names]
+            return cls(about, tuple(skipped), [b.reshape(-1, width) for b in blocks], np.concatenate(labels) if labels else None)
+        except InputError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not a complete image cache ({_reason(error)}): remove it and run again") from error
+
+    def load(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """uint8 [B, C, H, W], a copy, in the order asked for. Raises: IndexError outside [0, count)."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        if wanted.size and not (0 <= wanted.min() and wanted.max() < self.count):
+            raise IndexError(f"rows {wanted.min()}..{wanted.max()} are not all within [0, {self.count})")
+        pixels = np.empty((len(wanted), int(np.prod(self.shape))), np.uint8)
+        owner = np.searchsorted(self._starts, wanted, side="right") - 1
+        for block in np.unique(owner):
+            mine = owner == block
+            pixels[mine] = self._blocks[block][wanted[mine] - self._starts[block]]
+        return pixels.reshape(-1, *self.shape)
+
+
+def build_cache(task: ImageTask) -> ImageCache:
+    """Decode ``task.path`` into ``task.out``, or open what is there if it was made from the same data in the same way.
+
+    Images are in the order of their sorted names (Parquet: sorted files, then rows), upright, on white, without colour management.
+    Raises: InputError naming the image that does not fit or cannot be read; OSError if storage fails. Neither leaves a file.
+    """
+    _check_channels(task.channels)
+    source, out = _find(task.path), Path(task.out)
+    resized = RESIZE_FILTER.name.lower() if task.resize else None
+    shape = [task.channels, task.size, task.size]
+    about = {"schema": SCHEMA, "shape": shape, "channels": MODES[task.channels], "resize": resized, "identity": _identity(source)}
+    with contextlib.suppress(InputError):
+        cache = ImageCache.open(out)
+        if cache.about == about and (task.on_error == "skip" or not cache.skipped):
+            return cache
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f"{out.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        _write(beside, about, source, task)
+        os.replace(beside, out)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return ImageCache.open(out)
+
+
+def split(count: int, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, held-out rows), both in random order, so that a prefix of either is a fair sample.
+
+    Raises: InputError if nothing is left to train on.
+    """
+    if holdout >= count:
+        raise InputError(f"data.holdout: {holdout} images held out of {count} leave none to train on: hold out fewer or add images")
+    rows = np.random.default_rng(derive_seed(seed, "split")).permutation(count)
+    return rows[holdout:], rows[:holdout]
+
+
+def order(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """int64 [batch_size]: positions in [0, count) of the batch of ``step`` (from 0), a pure function of its arguments.
+
+    The stream is one permutation per epoch, one after another, cut into full batches: a batch may span epochs.
+    """
+    start, stop = step * batch_size, (step + 1) * batch_size
+    epochs = range(start // count, -(-stop // count))
+    return np.concatenate([_epoch(count, e, seed)[max(start - e * count, 0) : stop - e * count] for e in epochs])
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch(count: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(count)
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in MODES:
+        raise InputError(f"the model wants {channels} channels; images have 1 or 3")
+
+
+def _misfit(found: tuple[int, int], size: int) -> str:
+    return f"{found[0]}x{found[1]}, the model wants {size}x{size}: set data.resize: true to centre-crop and resize"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _find(path: str) -> _Source:
+    root = resolve(path)
+    names, root = ([root.name], root.parent) if root.is_file() else (sorted(_walk(root)), root)
+    images = tuple(name for name in names if name.lower().endswith(IMAGES))
+    parquet = tuple(name for name in names if name.lower().endswith(".parquet"))
+    if images and parquet:
+        raise InputError(f"data.path: {path} holds both images ({images[0]}) and Parquet ({parquet[0]}): point it at one kind")
+    if not images and not parquet:
+        raise InputError(f"data.path: no images under {path} (looked for {', '.join(IMAGES)} and .parquet)")
+    return _Source(root, images, parquet)
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Relative POSIX names of the files below, through links to folders but never round in circles; hidden ones are not data."""
+
+    def fail(error: OSError) -> NoReturn:  # os.walk would pass over a folder it cannot read
+        raise error
+
+    for folder, below, files in os.walk(root, onerror=fail, followlinks=True):
+        above = Path(folder).resolve()
+        targets = {name: Path(folder, name).resolve() for name in below}
+        below[:] = [name for name in below if not name.startswith(".") and not above.is_relative_to(targets[name])]
+        yield from (Path(folder, name).relative_to(root).as_posix() for name in files if not name.startswith("."))
+
+
+def _identity(source: _Source) -> str:
+    sizes = [[name, (source.root / name).stat().st_size] for name in (*source.images, *source.parquet)]
+    return digest_of({"files": sizes, "footers": [_footer(source.root / name) for name in source.parquet]})
+
+
+def _footer(file: Path) -> str:
+    """A Parquet file ends with its footer, the footer's length in 4 bytes, and PAR1."""
+    _open_parquet(file)
+    with file.open("rb") as stream:
+        stream.seek(-8, os.SEEK_END)
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(-8 - length, os.SEEK_END)
+        return stream.read(length).hex()
+
+
+def _open_parquet(file: Path) -> pq.ParquetFile:
+    """Raises: InputError if it is no Parquet or has no images."""
+    try:
+        opened = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # page by page, not a row group at once
+    except pa.ArrowException as error:
+        raise InputError(f"data.path: {file} is not a readable Parquet file: {_reason(error)}") from error
+    schema = opened.schema_arrow
+    kind = schema.field("image").type if "image" in schema.names else None
+    if kind is not None and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if kind is None or not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise InputError(
+            f"data.path: {file} has no column image of struct{{bytes, path}} or binary; its columns: {', '.join(schema.names)}"
+        )
+    return opened
+
+
+def _has_labels(file: Path) -> bool:
+    schema = _open_parquet(file).schema_arrow
+    return "label" in schema.names and pa.types.is_integer(schema.field("label").type)
+
+
+def _items(source: _Source) -> Iterator[_Item]:
+    """Every image, undecoded, in the cache's order; only a few Parquet rows at a time are in memory."""
+    yield from (_Item(name, source.root / name) for name in source.images)
+    for name in source.parquet:
+        file = source.root / name
+        columns = ["image", "label"] if _has_labels(file) else ["image"]
+        row = itertools.count()
+        try:
+            for batch in _open_parquet(file).iter_batches(WINDOW, columns=columns):
+                for record in batch.to_pylist():
+                    image = record["image"]
+                    payload = image["bytes"] if isinstance(image, dict) else image
+                    yield _Item(f"{name} row {next(row)}", payload, record.get("label"))
+        except pa.ArrowException as error:
+            raise InputError(f"data.path: {file} is damaged after row {next(row)}: {_reason(error)}") from error
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _open_image(payload: bytes | Path) -> Image.Image:
+    image = Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels: a decompression bomb?")
+    return image
+
+
+def _upright(payload: bytes, mode: str) -> Image.Image:
+    image = _open_image(payload)
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of type {image.mode} have no known range")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB").convert(mode) if image.mode != mode else image
+
+
+def _decode(item: _Item, task: ImageTask) -> np.ndarray | str:
+    """uint8 [C, H, W], or the reason why the image cannot be read. Raises: InputError if it does not fit; OSError from storage."""
+    # Storage is read before decoding starts, so that its failures never pass for corrupt images and get skipped.
+    payload = item.payload.read_bytes() if isinstance(item.payload, Path) else item.payload
+    if not payload:
+        return "empty"
+    try:
+        image = _upright(payload, MODES[task.channels])
+    except UnidentifiedImageError:
+        return "not an image"
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise almost anything on bad bytes
+        return _reason(error)
+    if image.size != (task.size, task.size):
+        if not task.resize:
+            raise InputError(f"data.path: {item.name} is {_misfit(image.size, task.size)}")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((task.size, task.size), RESIZE_FILTER)
+    return np.asarray(image).reshape(task.size, task.size, task.channels).transpose(2, 0, 1)
+
+
+def _decoded(source: _Source, task: ImageTask, skipped: list[str]) -> Iterator[tuple[np.ndarray, int | None]]:
+    """(uint8 [C, H, W], label) of every readable image, in order; the names of the others are added to ``skipped``."""
+    items = _items(source)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        while window := list(itertools.islice(items, WINDOW)):
+            for item, decoded in zip(window, threads.map(_decode, window, itertools.repeat(task)), strict=False):
+                if not isinstance(decoded, str):
+                    yield decoded, item.label
+                elif task.on_error == "skip":
+                    skipped.append(item.name)
+                else:
+                    remedy = "repair or remove it, or set data.on_error: skip"
+                    raise InputError(f"data.path: {item.name} cannot be read ({decoded}): {remedy}")
+
+
+def _write(path: Path, about: dict[str, Any], source: _Source, task: ImageTask) -> None:
+    """Stream every image into an Arrow file. A last batch without rows carries what is known only at the end: the skipped names."""
+    width = int(np.prod(about["shape"]))
+    fields = [pa.field("image", pa.binary(width), nullable=False)]
+    if any(_has_labels(source.root / name) for name in source.parquet):
+        fields.append(pa.field("label", pa.int64()))
+    schema = pa.schema(fields, metadata={ABOUT: json.dumps(about)})
+
+    def batch(rows: list[tuple[np.ndarray, int | None]]) -> pa.RecordBatch:
+        columns = [pa.array([pixels.tobytes() for pixels, _ in rows], pa.binary(width)), pa.array([label for _, label in rows], pa.int64())]
+        return pa.record_batch(columns[: len(fields)], schema=schema)
+
+    skipped: list[str] = []
+    decoded = _decoded(source, task, skipped)
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            while rows := list(itertools.islice(decoded, max(1, min(BATCH_ROWS, BATCH_BYTES // width)))):
+                writer.write_batch(batch(rows))
+            if not writer.stats.num_record_batches:
+                first = f"; the first is {skipped[0]}" if skipped else ""
+                raise InputError(f"data.path: none of the {len(skipped)} images under {task.path} can be read{first}")
+            writer.write_batch(batch([]), custom_metadata={ABOUT: json.dumps({"skipped": skipped})})
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,103 @@
+"""How good is a denoiser? Paired error against dense from the same noise, and denoising loss on held-out images.
+
+Noise is fixed per image (one seed each), so that neither batch size nor sharding changes a number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from workers import families
+from workers.contracts import EvaluateTask
+from workers.diffusion import NoiseSchedule, generator, make_sampler, sample, sampler_timesteps, steps_per_expert
+
+
+@torch.no_grad()
+def denoising_losses(model: Any, schedule: NoiseSchedule, images: Tensor, seeds: Sequence[int], timesteps: Sequence[int]) -> np.ndarray:
+    """Squared error of every held-out image [n, C, H, W] at every timestep, mean over its pixels: float64 [n, len(timesteps)].
+
+    Image i has its own noise, the same at every timestep, from ``seeds[i]``.
+    """
+    noise = torch.stack([torch.randn(images.shape[1:], generator=generator("cpu", seed, "held out")) for seed in seeds]).to(images.device)
+    losses = []
+    for t in timesteps:
+        at = torch.full((len(images),), t, device=images.device)
+        error = model(schedule.noised(images, noise, at), t).sample - schedule.target(images, noise, at)
+        losses.append(error.double().square().flatten(1).mean(1).cpu().numpy())
+    return np.stack(losses, axis=1)
+
+
+def draw_samples(model: Any, scheduler: str, config: dict[str, Any], steps: int, seeds: Sequence[int], shape: tuple[int, int, int], batch: int, device: str) -> tuple[np.ndarray, float]:
+    """Samples float32 [n, C, H, W] in [-1, 1], one per seed, and the seconds they took."""
+    started = time.perf_counter()
+    parts = [sample(model, make_sampler(scheduler, config), steps, seeds[i : i + batch], shape, device).cpu() for i in range(0, len(seeds), batch)]
+    return torch.cat(parts).numpy(), time.perf_counter() - started
+
+
+def paired_metrics(samples: np.ndarray, dense: np.ndarray) -> dict[str, float]:
+    """How far samples [n, C, H, W] are from dense's samples of the same noise: MSE (of values in [-1, 1]), PSNR in dB, SSIM."""
+    mine, theirs = torch.from_numpy(samples), torch.from_numpy(dense)
+    psnr, ssim = PeakSignalNoiseRatio(data_range=(-1.0, 1.0)), StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
+    if np.array_equal(samples, dense):
+        return {"paired_mse": 0.0, "paired_psnr_db": float("inf"), "paired_ssim": 1.0}
+    return {
+        "paired_mse": float((mine.double() - theirs.double()).square().mean()),
+        "paired_psnr_db": float(psnr(mine, theirs)),
+        "paired_ssim": float(ssim(mine, theirs)),
+    }
+
+
+@torch.no_grad()
+def time_per_step(model: Any, task: EvaluateTask, device: str, repeats: int = 5) -> dict[str, float]:
+    """Schedule-weighted time of one denoising step for one batch, in ms: the median of ``repeats`` per expert, nothing else running."""
+    model.to(device)
+    config = families.load_scheduler_config(task.model)
+    timesteps = sampler_timesteps(task.scheduler, config, task.steps)
+    served = steps_per_expert(task.partition, timesteps)
+    shape = families.load_config(task.model)
+    x = torch.zeros(task.batch_size, shape["in_channels"], shape["sample_size"], shape["sample_size"], device=device)
+    total = 0.0
+    for interval, count in zip(task.partition.intervals, served, strict=True):
+        times = []
+        for _ in range(repeats + 1):  # the first warms up
+            _synchronise(device)
+            started = time.perf_counter()
+            model(x, interval.start)
+            _synchronise(device)
+            times.append(time.perf_counter() - started)
+        total += count / len(timesteps) * float(np.median(times[1:]))
+    return {"ms_per_step": 1e3 * total}
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def write_sample_grid(version: str, scheduler: str, steps: int, seeds: Sequence[int], out: Path, device: str) -> None:
+    """Draw one image per seed from a published version and save them as one PNG, in rows of at most eight.
+
+    Raises: InputError for an unknown scheduler, more steps than training timesteps, or a version that cannot be loaded.
+    """
+    from workers.mixture import MixtureDenoiser
+
+    config = families.load_scheduler_config(version)
+    sampler_timesteps(scheduler, config, steps)  # refuses what cannot be sampled
+    model = MixtureDenoiser.from_pretrained(version).to(device)
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    images, _ = draw_samples(model, scheduler, config, steps, list(seeds), shape, 64, device)
+    side = min(8, len(images))
+    blank = np.ones((-len(images) % side, *shape), images.dtype)
+    rows = np.concatenate([images, blank]).reshape(-1, side, *shape)
+    grid = rows.transpose(0, 3, 1, 4, 2).reshape(rows.shape[0] * shape[1], side * shape[2], shape[0])
+    pixels = ((grid + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels.squeeze(-1) if shape[0] == 1 else pixels).save(out, format="PNG")

@@ -1,0 +1,159 @@
+"""Model families: one file each. A family loads a denoiser, lists its elastic branches and offers a tiny model for tests.
+
+A family module defines
+    CLASS_NAME                      the diffusers class in the model's config.json
+    build(config) -> nn.Module      an untrained model of that config; works on the meta device
+    load(folder)                    (pretrained float32 model, {"missing_keys", "unexpected_keys"})
+    check(config) -> None           raises InputError for a config it cannot handle
+    sites(model, settings)          its elastic branches
+    features(model) -> list[str]    modules whose outputs are distilled; their shapes never change
+    tiny() -> nn.Module             a small random model for the contract tests
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from workers.contracts import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@functools.cache
+def family(name: str) -> ModuleType:
+    """Raises: InputError for a name that is no file of this folder."""
+    if name not in names():
+        raise InputError(f"unknown model family {name!r}: known are {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def locate(path: str) -> Path:
+    """The pipeline folder of a local path or a Hub id (``org/name``, downloaded once). Raises: InputError."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise InputError(f"model.path: {path} is a file; give the folder that holds model_index.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or folder.is_absolute():
+        raise InputError(f"model.path: no such folder: {path}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub client raises a dozen kinds; the user needs one line
+        raise InputError(f"model.path: {path} is neither a local folder nor a model the Hub gave: {type(error).__name__}") from error
+
+
+def _denoiser_folder(folder: Path) -> Path:
+    """Where the denoiser's config.json lies: ``unet/``, or the folder itself in the oldest pipelines."""
+    for candidate in (folder / "unet", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise InputError(f"model.path: {folder} holds no unet/config.json: it is not a diffusers pipeline folder")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"model.path: {path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"model.path: {path} is not a JSON object")
+    return value
+
+
+def load_config(folder: str | Path) -> dict[str, Any]:
+    """The denoiser's config. Raises: InputError."""
+    return _read_json(_denoiser_folder(Path(folder)) / "config.json")
+
+
+def load_scheduler_config(folder: str | Path) -> dict[str, Any]:
+    """The pipeline's scheduler config. Raises: InputError."""
+    for candidate in (Path(folder) / "scheduler" / "scheduler_config.json", Path(folder) / "scheduler_config.json"):
+        if candidate.is_file():
+            return _read_json(candidate)
+    raise InputError(f"model.path: {folder} holds no scheduler/scheduler_config.json")
+
+
+def family_of_config(config: dict[str, Any]) -> ModuleType:
+    """The family of a denoiser's config, which it has checked. Raises: InputError."""
+    found = [module for module in map(family, names()) if module.CLASS_NAME == config.get("_class_name")]
+    if not found:
+        classes = ", ".join(f"{name} ({family(name).CLASS_NAME})" for name in names())
+        raise InputError(f"model.path: a {config.get('_class_name')} is of no known model family: known are {classes}")
+    found[0].check(config)
+    return found[0]
+
+
+def family_name(folder: str | Path) -> str:
+    """The name of the family that handles the denoiser in ``folder``. Raises: InputError."""
+    return family_of_config(load_config(folder)).__name__.rpartition(".")[2]
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """An untrained denoiser of ``config``; on the meta device inside ``torch.device("meta")``."""
+    return family_of_config(config).build(config)
+
+
+def load_denoiser(folder: str | Path) -> nn.Module:
+    """The pretrained denoiser of a diffusers pipeline folder, in float32, on the CPU, in eval mode.
+
+    Raises: InputError if the folder, the config or the weights cannot be used.
+    """
+    from diffusers.utils import logging
+
+    folder = locate(str(folder))
+    module, where = family_of_config(load_config(folder)), _denoiser_folder(folder)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, found = module.load(where)
+    except Exception as error:  # a truncated file, a missing file and a wrong shape each have their own kind
+        reason = " ".join(str(error).split())
+        raise InputError(f"model.path: the weights in {where} cannot be read: {reason[:200]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    odd = [f"{word} {key}" for word in ("missing", "unexpected") for key in sorted(found[f"{word}_keys"])]
+    if odd:
+        raise InputError(f"model.path: the weights in {where} do not fit their config: {len(odd)} keys, {', '.join(odd[:3])}")
+    return model.eval()
+
+
+def check_weights(folder: str | Path) -> None:
+    """See that the weight files are there and whole, by their headers alone. Raises: InputError."""
+    from safetensors import SafetensorError, safe_open
+
+    where = _denoiser_folder(Path(folder))
+    files = sorted(where.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"model.path: {where} holds no .safetensors weights; re-save the pipeline with safe_serialization=True")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"model.path: {file} cannot be read: {error}") from None
+
+
+def model_digest(folder: str | Path) -> str:
+    """sha256 over the denoiser's and the scheduler's configs and weights: the model's identity, wherever it lies."""
+    where, digest = _denoiser_folder(Path(folder)), hashlib.sha256()
+    for value in (load_config(folder), load_scheduler_config(folder)):
+        digest.update(json.dumps({k: v for k, v in value.items() if k != "_name_or_path"}, sort_keys=True).encode())
+    for weights in sorted(where.glob("*.safetensors")):
+        with weights.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

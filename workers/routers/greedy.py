@@ -1,0 +1,55 @@
+"""Sensitivity-greedy: always cut where the least loss is paid per MAC saved, by tables measured once per expert."""
+
+from __future__ import annotations
+
+import random
+
+from workers.contracts import ArchitectureSpec, RouteSettings
+from workers.routers import RouteProblem, Specs, uniform
+
+
+def search(problem: RouteProblem, settings: RouteSettings, rng: random.Random) -> Specs:
+    """Greedy's plan, or the uniform one if that has the lower search loss."""
+    plans = [fit_budget(problem, (problem.space.dense,) * len(problem.experts)), uniform.search(problem, settings, rng)]
+    return min(plans, key=problem.loss)
+
+
+def fit_budget(problem: RouteProblem, start: Specs) -> Specs:
+    """Shrink ``start`` until it fits the budget, then give back what still fits: the best exchange of loss for cost first."""
+    specs = [dict(spec.choices) for spec in start]
+    spent = problem.cost_ratio(start)
+    while spent > problem.ratio + 1e-12:
+        price, k, site, choice = min(_moves(problem, specs, down=True))
+        spent += _cost_change(problem, k, site, specs[k][site], choice)
+        specs[k][site] = choice
+    while True:
+        room = problem.ratio - spent
+        ups = [move for move in _moves(problem, specs, down=False) if _cost_change(problem, move[1], move[2], specs[move[1]][move[2]], move[3]) <= room]
+        if not ups:
+            return tuple(ArchitectureSpec(choices) for choices in specs)
+        price, k, site, choice = min(ups)
+        spent += _cost_change(problem, k, site, specs[k][site], choice)
+        specs[k][site] = choice
+
+
+def _cost_change(problem: RouteProblem, k: int, site: str, old: int, new: int) -> float:
+    macs = problem.table.macs[site]
+    return problem.shares[k] * (macs[new] - macs[old]) / problem.table.dense.macs
+
+
+def _moves(problem: RouteProblem, specs: list[dict[str, int]], down: bool) -> list[tuple[float, int, str, int]]:
+    """Every move of one site: (loss per cost, expert, site, new choice). Down: to any lower choice, so that a bump in the table is
+    jumped over. Up: to any higher one, for a gain in loss (negative price, the best first)."""
+    moves = []
+    for k, choices in enumerate(specs):
+        if problem.shares[k] == 0:
+            continue
+        for site in problem.space.sites:
+            now, rises = choices[site.name], problem.sensitivity[k][site.name]
+            for choice in site.choices:
+                if (choice < now) if down else (choice > now):
+                    cost = abs(_cost_change(problem, k, site.name, now, choice))
+                    loss = problem.shares[k] * (rises[choice] - rises[now])
+                    if down or loss < 0:
+                        moves.append((loss / max(cost, 1e-15), k, site.name, choice))
+    return moves

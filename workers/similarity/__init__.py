@@ -1,0 +1,91 @@
+"""How alike are two timesteps? One file per measure; every measure embeds timesteps, and this module compares the embeddings.
+
+A measure defines ``embed(problem, timesteps) -> float array [minibatches, len(timesteps), D]``: row (b, t) depends on minibatch b, timestep t
+and the seed only, never on how the grid was split over workers. Similarity is the cosine of the embeddings' mean over minibatches.
+``NEEDS_MODEL`` says whether model and images have to be loaded.
+Legend: B minibatches, T' grid timesteps, D embedding size, R bootstrap replicates.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from workers.contracts import InputError, SimilarityMatrix
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from workers.diffusion import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class SimilarityProblem:
+    """What a measure may look at. ``minibatches``: clean images, each [n, C, H, W] in [-1, 1]; ``model`` is None when not needed."""
+
+    schedule: NoiseSchedule
+    minibatches: Sequence[Tensor]
+    model: nn.Module | None
+    buckets: int
+    seed: int
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@functools.cache
+def measure(name: str) -> ModuleType:
+    """Raises: InputError for a name that is no file of this folder."""
+    if name not in names():
+        raise InputError(f"similarity.measure {name!r} is unknown: known are {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def gram_of(embeddings: np.ndarray) -> np.ndarray:
+    """Inner products of all rows of embeddings [B, T', D] -> [B, T', B, T']: all that the statistics below need."""
+    batches, points, size = embeddings.shape
+    flat = embeddings.reshape(batches * points, size).astype(np.float32)
+    return (flat @ flat.T).reshape(batches, points, batches, points)
+
+
+def cosine(gram: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Cosine matrix [T', T'] between two weighted means over minibatches; ``left`` and ``right`` are weights [B]."""
+    inner = np.einsum("a,aibj,b->ij", left, gram, right, optimize=True).astype(np.float64)
+    norm_left = np.sqrt(np.maximum(np.einsum("a,aibi,b->i", left, gram, left, optimize=True), 1e-30))
+    norm_right = np.sqrt(np.maximum(np.einsum("a,aibi,b->i", right, gram, right, optimize=True), 1e-30))
+    return inner / (norm_left[:, None] * norm_right[None, :])
+
+
+def similarity_of(gram: np.ndarray, measure_name: str, timesteps: Sequence[int], num_timesteps: int, images: int) -> SimilarityMatrix:
+    """The similarity matrix with its split-half reliability (cosine between the means of even and of odd minibatches, per timestep)."""
+    batches = len(gram)
+    everything = np.ones(batches)
+    values = cosine(gram, everything, everything)
+    values = np.clip((values + values.T) / 2, -1, 1)
+    np.fill_diagonal(values, 1.0)
+    even = (np.arange(batches) % 2 == 0).astype(float)
+    reliability = np.ones(len(values)) if batches < 2 else cosine(gram, even, 1 - even).diagonal()
+    return SimilarityMatrix(
+        measure=measure_name,
+        num_timesteps=num_timesteps,
+        timesteps=tuple(int(t) for t in timesteps),
+        values=tuple(tuple(float(v) for v in row) for row in values),
+        reliability=tuple(float(r) for r in reliability),
+        images=images,
+    )
+
+
+def bootstrap(gram: np.ndarray, replicates: int, seed: int) -> np.ndarray:
+    """Similarity matrices [R, T', T'] of resampled minibatches."""
+    batches = len(gram)
+    rng = np.random.default_rng(seed)
+    draws = [np.bincount(rng.integers(batches, size=batches), minlength=batches).astype(float) for _ in range(replicates)]
+    return np.stack([cosine(gram, weights, weights) for weights in draws])
