@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from orchestrator import __version__
 from workers.contracts import InputError, RunFailed, VerificationError
 
 STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
@@ -63,7 +64,7 @@ def _leave(code: int) -> None:
 
 
 @click.group(cls=Command, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="diffpruning")
+@click.version_option(__version__)
 def main() -> None:
     """Turn a pretrained diffusion model into a mixture of efficient experts, one per interval of timesteps.
 
@@ -71,7 +72,9 @@ def main() -> None:
     """
 
 
-set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the job, e.g. --set budgets.0.ratio=0.4")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the job, e.g. --set budgets.0.ratio=0.4"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -95,17 +98,22 @@ def plan(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _plan_text(found: dict[str, Any]) -> str:
-    gpu = found["device"] != "cpu"
+    gpu, model = found["device"] != "cpu", found["model"]
+    budgets = ", ".join(f"{budget['metric']} {budget['ratio']:g}" for budget in found["budgets"])
     lines = [
         f"job        {found['job']}, run folder {found['run_folder']}",
-        f"model      {found['model']['path']}: {found['model']['macs'] / 1e9:.2f} GMACs, {found['model']['params'] / 1e6:.2f}M parameters",
+        f"model      {model['path']}: {model['macs'] / 1e9:.2f} GMACs, {model['params'] / 1e6:.2f}M parameters",
         f"data       {found['data']['path']}: {found['data']['images']} images",
-        f"budgets    {', '.join('{metric} {ratio:g}'.format(**b) for b in found['budgets'])} (the smallest possible is {found['model']['smallest_ratio']:.3f})",
+        f"budgets    {budgets} (the smallest possible is {model['smallest_ratio']:.3f})",
         "",
         f"{'stage':<12}{'state':<9}{'work':<20}{'per worker':<18}{'estimate':<24}taken",
     ]
     for s in found["stages"]:
-        worker = f"{s['cpus_per_worker']:g} CPU" + (f", {s['gpus_per_worker']:g} GPU" if s["gpus_per_worker"] and gpu else "") if s["cpus_per_worker"] else "-"
+        worker = (
+            f"{s['cpus_per_worker']:g} CPU" + (f", {s['gpus_per_worker']:g} GPU" if s["gpus_per_worker"] and gpu else "")
+            if s["cpus_per_worker"]
+            else "-"
+        )
         gpu_text = f"{s['gpu_hours']:.2g} GPU-h" + (f" or {s['cpu_core_hours']:.2g} core-h" if found["device"] == "auto" else "")
         estimate = (gpu_text if gpu else f"{s['cpu_core_hours']:.2g} core-h") if s["cpu_core_hours"] else "seconds"
         taken = "" if s["seconds_taken"] is None else f"{s['seconds_taken']:.0f} s"
@@ -117,7 +125,9 @@ def _plan_text(found: dict[str, Any]) -> str:
 @click.argument("job")
 @set_option
 @click.option("--only", type=click.Choice(STAGE_NAMES), help="Run one stage; those before it must be done.")
-@click.option("--redo", type=click.Choice(STAGE_NAMES), multiple=True, help="Make a stage and all after it again; what was made is set aside.")
+@click.option(
+    "--redo", type=click.Choice(STAGE_NAMES), multiple=True, help="Make a stage and all after it again; what was made is set aside."
+)
 @click.option("--inline", is_flag=True, help="Run everything in this process, one after the other, without Ray.")
 @json_option
 def run(job: str, overrides: tuple[str, ...], only: str | None, redo: tuple[str, ...], inline: bool, as_json: bool) -> None:
@@ -171,7 +181,7 @@ def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
     if inline:
         from orchestrator.cluster import InlineCluster, Need
 
-        device = need.device if need.device != "auto" else _device_here()
+        device = _device_here(need.device, "resources.device")
         return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), view.update)
     from orchestrator.ray_cluster import RayCluster
 
@@ -188,10 +198,13 @@ def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
     )
 
 
-def _device_here() -> str:
+def _device_here(wanted: str, key: str) -> str:
     from workers.session import local_device
 
-    return local_device()
+    here = local_device()
+    if wanted == "cuda" != here:
+        raise InputError(f"{key} is cuda, but this machine has no usable GPU: set it to cpu")
+    return here if wanted == "auto" else wanted
 
 
 @main.command()
@@ -227,27 +240,32 @@ def report_command(job: str, overrides: tuple[str, ...]) -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image; the next has the next.")
 @click.option("--count", default=16, show_default=True, type=click.IntRange(1, 4096), help="Images to draw.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="PNG file: a grid of all images.")
-@click.option("--device", default=None, help="cpu or cuda; default: cuda if there is one.")
-def sample(model: str, registry: str, steps: int | None, scheduler: str | None, seed: int, count: int, out: Path, device: str | None) -> None:
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; auto: cuda if there is one.")
+def sample(model: str, registry: str, steps: int | None, scheduler: str | None, seed: int, count: int, out: Path, device: str) -> None:
     """Draw images from a published mixture."""
     from orchestrator.registry import Registry
 
-    version = Registry(registry).resolve(model)
+    books = Registry(registry)
+    version = books.resolve(model)
     if not out.parent.is_dir():
         raise InputError(f"--out: no such folder: {out.parent}")
+    if out.is_dir():
+        raise InputError(f"--out: {out} is a folder; give the name of a PNG file")
     budget = version.manifest().plan.budget
+    device = _device_here(device, "--device")
+    books.verify(version)
     from workers.evaluate import write_sample_grid
 
-    write_sample_grid(str(version.path), scheduler or budget.scheduler, steps or budget.steps, range(seed, seed + count), out, device or _device_here())
+    write_sample_grid(str(version.path), scheduler or budget.scheduler, steps or budget.steps, range(seed, seed + count), out, device)
     click.echo(str(out))
 
 
 @main.command()
 def schema() -> None:
     """Print the JSON schema of a job file, for editors."""
-    from orchestrator.config import JobConfig
+    from orchestrator.config import job_schema
 
-    click.echo(json.dumps(JobConfig.model_json_schema(), indent=1))
+    click.echo(json.dumps(job_schema(), indent=1))
 
 
 @main.group()
@@ -287,7 +305,9 @@ def registry_list(name: str | None, uri: str, as_json: bool) -> None:
         if not rows:
             return f"no versions in {uri}"
         head = f"{'version':<18}{'budget':<12}{'agent':<10}{'experts':>8}{'cost':>8}{'paired MSE':>12}"
-        return "\n".join([head, *(f"{r['version']:<18}{r['budget']:<12}{r['agent']:<10}{r['experts']:>8}{r['cost_ratio']:>8.3f}{r['paired_mse']:>12.5f}" for r in rows)])
+        lines = [f"{r['version']:<18}{r['budget']:<12}{r['agent']:<10}{r['experts']:>8}{r['cost_ratio']:>8.3f}" for r in rows]
+        errors = ["" if r["paired_mse"] is None else f"{r['paired_mse']:>12.5f}" for r in rows]
+        return "\n".join([head, *map(str.__add__, lines, errors)])
 
     _print(rows, as_json, text)
 
@@ -325,7 +345,8 @@ def registry_verify(model: str | None, uri: str, as_json: bool) -> None:
         except VerificationError as error:
             errors.append(str(error))
             results.append({"version": version.reference, "ok": False, "error": str(error)})
-    _print(results, as_json, lambda: "\n".join(f"{r['version']:<18}ok, {r['files']} files" for r in results if r["ok"]) or "nothing verified")
+    _print(
+        results, as_json, lambda: "\n".join(f"{r['version']:<18}ok, {r['files']} files" for r in results if r["ok"]) or "nothing verified"
+    )
     if errors:
         raise VerificationError("; ".join(errors))
-

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from workers.contracts import Budget, ElasticSettings, InputError, RouteSettings, TrainSettings
 
@@ -21,6 +21,14 @@ Count = Annotated[int, Field(ge=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's on, yes and true would count as 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are not among its values")
+        return value
 
 
 class Storage(Section):
@@ -37,8 +45,12 @@ class Model(Section):
 
 
 class Data(Section):
-    path: str = Field(min_length=1, description="Image folder, Parquet (column image), or hf://datasets/ORG/NAME. In a job file relative to that file.")
-    on_error: Literal["refuse", "skip"] = Field("refuse", description="What to do with an unreadable image: stop, or leave it out and count it.")
+    path: str = Field(
+        min_length=1, description="Image folder, Parquet (column image), or hf://datasets/ORG/NAME. In a job file relative to that file."
+    )
+    on_error: Literal["refuse", "skip"] = Field(
+        "refuse", description="What to do with an unreadable image: stop, or leave it out and count it."
+    )
     resize: bool = Field(False, description="Centre-crop and resize images that have another size than the model.")
     holdout: Count = Field(256, description="Images kept out of training, for evaluation.")
     flip: bool = Field(False, description="Random horizontal flips in training.")
@@ -54,7 +66,9 @@ class Similarity(Section):
 
 
 class PartitionConfig(Section):
-    experts: Literal["auto"] | Count | list[Count] = Field("auto", description="auto, a number of experts, or the inner boundaries as a list of timesteps.")
+    experts: Literal["auto"] | Count | list[Count] = Field(
+        "auto", description="auto, a number of experts, or the inner boundaries as a list of timesteps."
+    )
     penalty: float = Field(0.05, ge=0, description="auto: what one more expert must save, as a part of the cost of a single interval.")
     max_experts: int = Field(6, ge=2, description="auto: the most experts to choose.")
     min_timesteps: Count = Field(40, description="Shortest interval in training timesteps; 40 gives two steps of a 50-step sampler.")
@@ -63,7 +77,9 @@ class PartitionConfig(Section):
 class Elastic(Section):
     width_multiple: Count = Field(8, description="Legal inner widths are multiples of this many channels; hardware likes 8, 32 or 64.")
     depth: bool = Field(True, description="Whole residual branches may be dropped.")
-    importance: Literal["taylor", "magnitude"] = Field("taylor", description="Order of channels: Taylor on the interval's loss, or weight norm.")
+    importance: Literal["taylor", "magnitude"] = Field(
+        "taylor", description="Order of channels: Taylor on the interval's loss, or weight norm."
+    )
 
 
 class Training(Section):
@@ -80,6 +96,12 @@ class Training(Section):
     output_weight: float = Field(1.0, ge=0, description="Weight of output distillation from the dense model.")
     feature_weight: float = Field(0.5, ge=0, description="Weight of block-feature distillation.")
     denoising_weight: float = Field(0.1, ge=0, description="Weight of the denoising loss.")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        """YAML reads a bare no as false."""
+        return "no" if value is False else value
 
     def settings(self) -> TrainSettings:
         return TrainSettings(**self.model_dump(include=set(Training.model_fields)))
@@ -99,13 +121,15 @@ class Finetune(Training):
 
 
 class Router(Section):
-    agents: list[str] = Field(["uniform", "greedy", "era"], min_length=1, description="Agents that search each budget: files of workers/routers.")
+    agents: list[str] = Field(
+        ["uniform", "greedy", "era"], min_length=1, description="Agents that search each budget: files of workers/routers."
+    )
     seeds: list[int] = Field([0], min_length=1, description="Seeds each agent searches with.")
     images: int = Field(64, ge=4, description="Calibration images; half are searched on, half score the plans.")
     era_steps: Count = Field(200, description="Training steps of the routing agent.")
     era_batch: Count = Field(16, description="Calibration images per agent step and expert.")
     era_learning_rate: float = Field(2e-3, gt=0, description="Learning rate of the routing agent.")
-    cost_weight: float = Field(2.0, ge=0, description="Weight of |log(cost / budget)| in the agent's loss.")
+    cost_weight: float = Field(4.0, ge=0, description="Weight of |log(cost / budget)| against log(expert loss).")
     temperature: float = Field(0.4, gt=0, description="Gumbel temperature.")
 
     def settings(self) -> RouteSettings:
@@ -198,6 +222,14 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> JobConfig:
     return config
 
 
+def job_schema() -> dict[str, Any]:
+    """JSON schema of a job file: a file that ``extends`` another one need not say everything."""
+    schema = JobConfig.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "Job file that this one is laid over, relative to it."}
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
+    return schema
+
+
 def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """A job file merged over the files that it extends."""
     if path in seen:
@@ -267,11 +299,14 @@ def _explain(error: ValidationError) -> str:
         key = ".".join(place)
         if mistake["type"] == "extra_forbidden":
             near = difflib.get_close_matches(place[-1], _keys_at(place[:-1]), n=1)
-            lines.setdefault(key, f"unknown key {key}" + (f": did you mean {near[0]}?" if near else f"; known: {', '.join(_keys_at(place[:-1]))}"))
+            lines.setdefault(
+                key, f"unknown key {key}" + (f": did you mean {near[0]}?" if near else f"; known: {', '.join(_keys_at(place[:-1]))}")
+            )
         elif mistake["type"] == "missing":
             lines.setdefault(key, f"missing key {key}")
         else:
-            text = mistake["msg"].replace("Input should be", "must be")
+            text = mistake["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            text = "must be a mapping of keys to values" if mistake["type"] in ("model_type", "dict_type") else text
             lines[key] = f"{key} is {mistake['input']!r}: {text}" if key not in lines else f"{lines[key]}, or {text}"
     return "; ".join(lines.values())
 
@@ -306,6 +341,6 @@ def _check_names(config: JobConfig) -> None:
     for name, values in (("router.agents", config.router.agents), ("router.seeds", config.router.seeds)):
         if len(set(values)) != len(values):
             raise InputError(f"{name} {values} names one twice")
-    ratios = [(b.metric, b.ratio) for b in config.budgets]
-    if len(set(ratios)) != len(ratios):
-        raise InputError(f"budgets: {ratios} names one twice")
+    budgets = [config.budget(i).name for i in range(len(config.budgets))]
+    if len(set(budgets)) != len(budgets):
+        raise InputError(f"budgets: {', '.join(budgets)}: two have the same name; ratios must differ in their first two decimals")

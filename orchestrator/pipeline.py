@@ -18,7 +18,7 @@ from workers.contracts import InputError, digest_of
 
 @dataclass(frozen=True)
 class Stage:
-    """``run(context)`` returns the stage's result as JSON. ``reads``: dotted keys of the job; ``version`` grows when its meaning changes."""
+    """``run(context)`` returns the stage's result as JSON. ``reads``: dotted keys of the job; ``version`` grows with its meaning."""
 
     name: str
     run: Callable[[Context], dict[str, Any]]
@@ -75,11 +75,19 @@ class Pipeline:
         """Stage -> done, partial, stale or new. A stage whose predecessor is not done cannot be done: its fingerprint would differ."""
         return {stage.name: self.store.state(stage.name, self.fingerprints[stage.name]) for stage in self.stages}
 
-    def select(self, only: str | None) -> list[Stage]:
-        """All stages, or the named one. Raises: InputError if its predecessors are not done."""
+    def after(self, names: Sequence[str]) -> list[str]:
+        """The named stages and every stage that builds on one of them, in order."""
+        found: list[str] = []
+        for stage in self.stages:
+            if stage.name in names or set(found) & set(stage.needs):
+                found.append(stage.name)
+        return found
+
+    def select(self, only: str | None, redone: Sequence[str] = ()) -> list[Stage]:
+        """All stages, or the named one. Raises: InputError if its predecessors are not done, or are to be ``redone``."""
         if only is None:
             return list(self.stages)
-        states = self.states()
+        states = self.states() | {name: "to be made again" for name in redone}
         stage = next(stage for stage in self.stages if stage.name == only)
         missing = [name for name in stage.needs if states[name] != "done"]
         if missing:
@@ -96,24 +104,23 @@ class Pipeline:
         on_stage: Callable[[str, str, float], None] = lambda name, state, seconds: None,
     ) -> dict[str, dict[str, Any]]:
         """Run what is not done; returns every finished stage's result. ``cluster`` is called when the first stage needs it."""
-        for name in redo:
-            later = {name}
-            for stage in self.stages:
-                if later & {stage.name, *stage.needs}:
-                    later.add(stage.name)
-                    self.store.set_aside(stage.name, self.fingerprints[stage.name])
-        chosen, started_cluster = self.select(only), None
+        redone = self.after(redo)
+        chosen, started_cluster = self.select(only, redone), None
+        for name in redone:
+            self.store.set_aside(name, self.fingerprints[name])
         results: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
             fingerprint = self.fingerprints[stage.name]
             record = self.store.done(stage.name, fingerprint)
             if record is None and stage in chosen:
                 folder = self.store.stage_folder(stage.name, fingerprint)
-                folder.mkdir(exist_ok=True)
                 started_cluster = started_cluster or cluster()
+                folder.mkdir(exist_ok=True)
                 on_stage(stage.name, "running", 0.0)
                 started = time.time()
-                result = stage.run(Context(job, started_cluster, self.store, folder, fingerprint, results, self.identity, say, self.fingerprints))
+                result = stage.run(
+                    Context(job, started_cluster, self.store, folder, fingerprint, results, self.identity, say, self.fingerprints)
+                )
                 self.store.finish(stage.name, fingerprint, result, started, time.time() - started)
                 on_stage(stage.name, "finished", time.time() - started)
                 record = self.store.done(stage.name, fingerprint)

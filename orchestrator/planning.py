@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Pipeline
+from orchestrator.registry import Registry
 from orchestrator.stages import STAGES
 from orchestrator.store import RunStore
 from workers import data, diffusion, families, partition
@@ -44,6 +45,7 @@ def prepare(job: JobConfig) -> Prepared:
     families.check_weights(model)
     _check_partition(job, schedule.num_timesteps)
     diffusion.sampler_timesteps(job.sampler.scheduler, scheduler, job.sampler.steps)
+    _check_evaluate(job, schedule.num_timesteps)
     images_at = data.resolve(job.data.path)
     images = data.check(str(images_at), config["in_channels"], config["sample_size"], job.data.resize)
     if job.data.holdout >= images:
@@ -52,6 +54,7 @@ def prepare(job: JobConfig) -> Prepared:
     for i, budget in enumerate(job.budgets):
         require_reachable(table, budget.ratio, f"budgets.{i}.ratio")
     _check_space(job, store.folder, table)
+    _nearest_folder(Registry(job.registry.path).root, "registry.path")
     job = job.model_copy(
         update={
             "model": job.model.model_copy(update={"path": str(model)}),
@@ -81,26 +84,44 @@ def _check_partition(job: JobConfig, num_timesteps: int) -> None:
         partition.explicit(experts, num_timesteps)
         return
     cells = min(points, max(1, round(job.partition.min_timesteps * points / num_timesteps)))
-    if isinstance(experts, int) and experts * cells > points:
+    if (2 if experts == "auto" else experts) * cells > points:
         raise InputError(
             f"partition.experts is {experts}, but a grid of {points} timesteps (similarity.timesteps) has room for {points // cells} "
             f"intervals of at least {job.partition.min_timesteps} timesteps (partition.min_timesteps)"
         )
 
 
+def _check_evaluate(job: JobConfig, num_timesteps: int) -> None:
+    settings = job.evaluate
+    if settings.timesteps > num_timesteps:
+        raise InputError(f"evaluate.timesteps is {settings.timesteps}, but the model has {num_timesteps} training timesteps: lower it")
+    most = min(settings.images, settings.samples, job.data.holdout)
+    if settings.shards > most:
+        raise InputError(
+            f"evaluate.shards is {settings.shards}, but there are only {most} images or samples to share out "
+            "(evaluate.images, evaluate.samples, data.holdout): lower it"
+        )
+
+
 def _check_space(job: JobConfig, folder: Path, table: CostTable) -> None:
     """Raises: InputError if the disk cannot hold the checkpoints that the job will keep at one time."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        raise InputError(f"storage.path: {there} is a file, not a folder")
+    there = _nearest_folder(folder, "storage.path")
     experts = _experts(job)
     runs = experts * (1 + len(job.budgets) * (2 if job.finetune.compare_uniform else 1))
     needed = 2 * BYTES_FREE_PER_PARAMETER * table.dense.params * runs
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(
-            f"storage.path: {there} has {free / 1e9:.1f} GB free, the job's checkpoints may need {needed / 1e9:.1f} GB: free some or choose another path"
+            f"storage.path: {there} has {free / 1e9:.1f} GB free, the job's checkpoints may need {needed / 1e9:.1f} GB: "
+            "free some or choose another path"
         )
+
+
+def _nearest_folder(path: Path, key: str) -> Path:
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"{key}: {there} is a file, not a folder")
+    return there
 
 
 def _experts(job: JobConfig) -> int:
@@ -158,7 +179,12 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "job": job.name,
         "run_folder": str(prepared.store.folder),
         "registry": job.registry.path,
-        "model": {"path": job.model.path, "macs": table.dense.macs, "params": table.dense.params, "smallest_ratio": round(table.smallest_ratio, 4)},
+        "model": {
+            "path": job.model.path,
+            "macs": table.dense.macs,
+            "params": table.dense.params,
+            "smallest_ratio": round(table.smallest_ratio, 4),
+        },
         "data": {"path": job.data.path, "images": prepared.images},
         "budgets": [budget.model_dump() for budget in job.budgets],
         "device": need.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -51,7 +52,9 @@ class ProgressView:
         self._told: dict[str, float] = {}
         self._written = 0.0
         self._lock = threading.Lock()
-        self._live = Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(get_renderable=self._table, console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        )
 
     def __enter__(self) -> ProgressView:
         if self._live:
@@ -92,10 +95,8 @@ class ProgressView:
         self._written = time.monotonic()
         with self._lock:
             value = {"stage": self.stage, "units": [event.to_json() for event in self.units.values()], "at": time.time()}
-        try:
+        with contextlib.suppress(OSError):  # a full disk is told by whoever needs it; progress is not worth a crash
             write_json(self.file, value)
-        except OSError:
-            pass  # a full disk is told by whoever needs it; progress is not worth a crash
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 2), header_style="bold")

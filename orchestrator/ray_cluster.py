@@ -20,13 +20,13 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray  # noqa: E402
-from ray import train, tune  # noqa: E402
-from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
+import ray
+from ray import train, tune
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.cluster import Need, Task, raise_failures  # noqa: E402
-from workers import session  # noqa: E402
-from workers.contracts import ExpertCheckpoint, InputError, MixturePlan, Progress, RunFailed  # noqa: E402
+from orchestrator.cluster import Need, Task, raise_failures
+from workers import session
+from workers.contracts import ExpertCheckpoint, InputError, MixturePlan, Progress, RunFailed
 
 ATTEMPTS = 2
 """Tries of one trainer: FailureConfig covers its workers, not the death of its controller."""
@@ -75,7 +75,12 @@ class RayCluster:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only, and ends with this process
         # The dashboard is needed even when nobody looks: the trainers' clean-up asks its State API.
         ray.init(
-            address="local", num_cpus=local_cpus, include_dashboard=True, dashboard_host="127.0.0.1", object_store_memory=256 * 2**20, **options
+            address="local",
+            num_cpus=local_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            object_store_memory=256 * 2**20,
+            **options,
         )
 
     def _check_capacity(self) -> None:
@@ -126,7 +131,8 @@ class RayCluster:
         except ray.exceptions.RayTaskError as error:
             for reference in running:
                 ray.cancel(reference)
-            raise error.as_instanceof_cause() from None
+            # the worker's own exception: Ray's double of it says a whole traceback where the user needs one line, and no errno
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
     def fit_all(
         self, task: Task, jobs: Mapping[str, Any], storage: Path, on_done: Callable[[str, ExpertCheckpoint], None]
@@ -234,5 +240,3 @@ def _cause(error: BaseException) -> BaseException:
     """What went wrong in the worker, without Ray's wrapping."""
     failures = getattr(error, "worker_failures", None)
     return next(iter(failures.values())) if failures else error
-
-

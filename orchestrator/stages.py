@@ -1,8 +1,8 @@
 """THE METHOD ON ONE PAGE: six stages, each a short function that asks the cluster for work and keeps the answer.
 
-    analyze     how alike are timesteps?           partition   where to cut?
-    specialize  one elastic expert per interval    route       who gets which sub-network, per budget?
-    finetune    recover quality                    publish     is it good? keep it
+analyze     how alike are timesteps?           partition   where to cut?
+specialize  one elastic expert per interval    route       who gets which sub-network, per budget?
+finetune    recover quality                    publish     is it good? keep it
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator import __version__
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry
 from orchestrator.store import write_json
@@ -151,8 +152,9 @@ def route(ctx: Context) -> dict[str, Any]:
         losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans.values() if p.budget.name == budget)
         ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense MACs (search loss: {losses})")
         for interval, share in zip(plan.partition.intervals, plan.shares, strict=True):
-            if share * job.sampler.steps < 1.5:
-                ctx.say(f"  warning: {interval.name} serves {share * job.sampler.steps:.0f} of {job.sampler.steps} sampler steps; two or more are better")
+            served = round(share * job.sampler.steps)
+            if served < 2:
+                ctx.say(f"  warning: {interval.name} serves {served} of {job.sampler.steps} sampler steps; two or more are better")
     return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans.values()]}
 
 
@@ -210,20 +212,33 @@ def publish(ctx: Context) -> dict[str, Any]:
                 data=job.data.path,
                 data_digest=ctx.identity["data.path"],
                 seed=job.seed,
-                versions={name: version(name) for name in ("diffpruning", "torch", "diffusers", "accelerate", "ray")},
+                versions={"diffpruning": __version__, **{name: version(name) for name in ("torch", "diffusers", "accelerate")}},
             ),
             files={},
         )
-        published[budget.name] = registry.publish(job.name, manifest, folder)
-        files = registry.verify(published[budget.name])
-        ctx.say(f"  published {published[budget.name].reference}: {config.metric} {config.ratio:g}, {files} files verified, {published[budget.name].path}")
+        published[budget.name] = version_ = registry.publish(job.name, manifest, folder)
+        files = registry.verify(version_)
+        ctx.say(f"  published {version_.reference}: {config.metric} {config.ratio:g}, {files} files verified, {version_.path}")
     result = {"metrics": metrics, "published": {name: {"reference": v.reference, "path": str(v.path)} for name, v in published.items()}}
     write_json(ctx.folder / "metrics.json", metrics)
     return result
 
 
 STAGES = (
-    Stage("analyze", analyze, (), ("model", "data.path", "data.on_error", "data.resize", "data.holdout", "seed", *(f"similarity.{k}" for k in ("measure", "timesteps", "images", "batch_size", "buckets")))),
+    Stage(
+        "analyze",
+        analyze,
+        (),
+        (
+            "model",
+            "data.path",
+            "data.on_error",
+            "data.resize",
+            "data.holdout",
+            "seed",
+            *(f"similarity.{k}" for k in ("measure", "timesteps", "images", "batch_size", "buckets")),
+        ),
+    ),
     Stage("partition", cut, ("analyze",), ("partition", "similarity.bootstrap")),
     Stage("specialize", specialize, ("partition",), ("elastic", "specialize", "data.flip")),
     Stage("route", route, ("specialize",), ("router", "budgets", "sampler")),
@@ -250,7 +265,9 @@ def _images(ctx: Context) -> tuple[str, list[int], list[int]]:
         item = ImageTask(job.data.path, config["in_channels"], config["sample_size"], job.data.resize, job.data.on_error, str(out))
         [made] = ctx.cluster.scatter(tasks.build_images, [item])
         skipped = made["skipped"]
-        ctx.say(f"  {made['count']} images decoded" + (f", {len(skipped)} unreadable and skipped: {', '.join(skipped[:3])}" if skipped else ""))
+        ctx.say(
+            f"  {made['count']} images decoded" + (f", {len(skipped)} unreadable and skipped: {', '.join(skipped[:3])}" if skipped else "")
+        )
     train, held_out = data.split(data.ImageCache.open(out).count, job.data.holdout, job.seed)
     return str(out), train.tolist(), held_out.tolist()
 
@@ -301,10 +318,9 @@ def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
         label = plan.budget.name if plan.budget.name not in denoisers else f"{plan.budget.name} uniform"
         denoisers[label] = DenoiserRef(label, plan, refs)
     for i in range(len(ctx.job.budgets)):
-        plan = denoisers[ctx.job.budget(i).name].plan
-        assert plan is not None
-        label = f"{plan.budget.name} cut only"
-        denoisers[label] = DenoiserRef(label, _uniform(ctx, plan))
+        budget = ctx.job.budget(i).name
+        uniform = _uniform(ctx, MixturePlan.from_json(ctx.results["route"]["chosen"][budget]))
+        denoisers[f"{budget} cut only"] = DenoiserRef(f"{budget} cut only", uniform)
     return denoisers
 
 
@@ -320,7 +336,6 @@ def _measure(ctx: Context, denoisers: dict[str, DenoiserRef]) -> dict[str, dict[
         rows=(),
         noise_seeds=(),
         partition=_partition(ctx),
-        elastic=job.elastic_settings(),
         scheduler=job.sampler.scheduler,
         steps=job.sampler.steps,
         batch_size=settings.batch_size,

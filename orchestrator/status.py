@@ -28,7 +28,10 @@ def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {
         "run_folder": str(folder),
         "job": owner["name"],
-        "done": [{"stage": r["stage"], "seconds": round(r["seconds"], 1), "folder": f"{r['stage']}-{r['fingerprint'][:8]}"} for r in latest.values()],
+        "done": [
+            {"stage": r["stage"], "seconds": round(r["seconds"], 1), "folder": f"{r['stage']}-{r['fingerprint'][:8]}"}
+            for r in latest.values()
+        ],
         "running": progress.get("stage"),
         "units": progress.get("units", []) if progress.get("stage") else [],
         "seconds_since_update": round(time.time() - progress["at"], 1) if progress else None,
@@ -41,7 +44,10 @@ def text(found: dict[str, Any]) -> str:
     lines += [f"  {r['stage']:<12}done in {duration(r['seconds'])}" for r in found["done"]]
     if found["running"]:
         quiet = found["seconds_since_update"] > 60
-        lines.append(f"  {found['running']:<12}" + (f"stopped? no word for {duration(found['seconds_since_update'])}; the same run command continues it" if quiet else "running"))
+        lines.append(
+            f"  {found['running']:<12}"
+            + (f"stopped? no word for {duration(found['seconds_since_update'])}; the same run command continues it" if quiet else "running")
+        )
         lines += [f"    {line(Progress.from_json(unit))}" for unit in found["units"]]
     if found["report"]:
         lines.append(f"  report      {found['report']}")
@@ -52,7 +58,7 @@ def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
     plan, came = manifest.plan, manifest.provenance
     lines = [
         f"{reference}  {path}",
-        f"budget    {plan.budget.name} of dense for {plan.budget.scheduler}, {plan.budget.steps} steps; agent {plan.agent}; cost {plan.cost_ratio:.3f}",
+        f"budget    {plan.budget.name} for {plan.budget.scheduler}-{plan.budget.steps}: {plan.cost_ratio:.3f} of dense; agent {plan.agent}",
         f"from      {came.model} (sha256 {came.model_digest[:12]}), data {came.data}, seed {came.seed}",
         "",
         f"{'expert':<14}{'share':>7}{'GMACs':>8}{'params':>9}{'dropped':>9}{'narrowed':>10}",
@@ -64,6 +70,6 @@ def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
         lines.append(f"{interval.name:<14}{share:>7.0%}{cost.macs / 1e9:>8.3f}{cost.params / 1e6:>8.2f}M{dropped:>9}{narrowed:>10}")
     lines += ["", f"{'':<22}{'denoising loss':>15}{'paired MSE':>12}{'PSNR dB':>9}{'ms/step':>9}"]
     for label, m in manifest.metrics.items():
-        psnr = "" if label == "dense" else f"{m['paired_psnr_db']:.2f}"
+        psnr = "" if m["paired_psnr_db"] is None else f"{m['paired_psnr_db']:.2f}"
         lines.append(f"{label:<22}{m['denoising_loss']:>15.5f}{m['paired_mse']:>12.5f}{psnr:>9}{m['ms_per_step']:>9.1f}")
     return "\n".join(lines)

@@ -65,13 +65,14 @@ class RunStore:
         """Raises: InputError if the folder belongs to another job or is no run folder. Touches nothing."""
         try:
             found = read_json(self.folder / "run.json")
-            foreign = found is None and self.folder.exists() and any(self.folder.iterdir())
+            # what a killed claim leaves behind is hidden, and so is what file managers add
+            foreign = found is None and self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir())
         except OSError as error:
             raise InputError(f"storage.path: cannot use {self.folder}: {error.strerror}") from None
         if foreign:
             raise InputError(f"storage.path: {self.folder} is not empty and holds no run: choose another storage.path or name")
-        for key, value in owner.items() if found else ():
-            if found.get(key) != value:
+        for key, value in owner.items():
+            if found is not None and found.get(key) != value:
                 raise InputError(
                     f"{self.folder} holds the run of another job ({key} {found.get(key)}, this job has {value}): "
                     "give this job its own name, e.g. --set name=mine"
@@ -84,7 +85,9 @@ class RunStore:
         try:
             lock.acquire()
         except Timeout:
-            raise InputError(f"another diffpruning is running in {self.folder}: wait for it, or watch it with `diffpruning status`") from None
+            raise InputError(
+                f"another diffpruning is running in {self.folder}: wait for it, or watch it with `diffpruning status`"
+            ) from None
         try:
             yield
         finally:
@@ -120,8 +123,8 @@ class RunStore:
 
 def storage_error(error: OSError, folder: Path) -> str | None:
     """One line for a disk that is full or cannot be written; None for any other error."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left while writing under {folder}: free some and run the same command again; finished work is kept"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"cannot write under {folder}: {error.strerror}: make room and run the same command again; finished work is kept"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"cannot write {error.filename or folder}: {error.strerror}"
     return None

@@ -49,7 +49,9 @@ def environment() -> dict[str, str]:
 
 
 def diffpruning(folder: Path, storage: str, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, storage, *arguments), capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+    return subprocess.run(
+        command(folder, storage, *arguments), capture_output=True, text=True, timeout=timeout, env=environment(), check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,9 @@ def test_the_same_command_again_is_quick_and_changes_nothing(finished, folder):
 def test_killing_the_driver_in_specialize_loses_nothing_but_the_last_steps(finished, folder):
     calm, _ = finished
     run = folder / "killed" / "small"
-    process = subprocess.Popen(command(folder, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    process = subprocess.Popen(
+        command(folder, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
     deadline = time.monotonic() + 200
     while not list(run.glob("train/specialize-*/step_*/checkpoint.json")):
         assert process.poll() is None, process.stderr.read()
@@ -132,7 +136,14 @@ def test_a_job_that_can_never_fit_is_refused_before_anything_runs(folder):
 
 
 def test_interrupt_ends_with_130_and_a_line(folder):
-    process = subprocess.Popen(command(folder, "interrupted"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    process = subprocess.Popen(
+        command(folder, "interrupted"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
     run = folder / "interrupted" / "small"
     deadline = time.monotonic() + 200
     while not list(run.glob("train/specialize-*")):

@@ -120,7 +120,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         required = {n for n, f in declared.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
         missing = sorted(required - set(value))
         if unknown or missing:
-            raise InputError(f"{where}: " + "; ".join(f"{word} key {', '.join(keys)}" for word, keys in (("unknown", unknown), ("missing", missing)) if keys))
+            odd = [f"{word} key {', '.join(keys)}" for word, keys in (("unknown", unknown), ("missing", missing)) if keys]
+            raise InputError(f"{where}: {'; '.join(odd)}")
         hints = _hints(kind)
         return kind(**{key: _decode(hints[key], item, f"{where}.{key}") for key, item in value.items()})
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -223,7 +224,7 @@ class ElasticSite(Record):
 
     def __post_init__(self) -> None:
         if not self.choices or list(self.choices) != sorted(set(self.choices)) or self.choices[0] < 0 or self.dense == 0:
-            raise InputError(f"site {self.name}: choices {self.choices} must be distinct, ascending and not negative, the last one positive")
+            raise InputError(f"site {self.name}: choices {self.choices} must ascend from 0 or more to a dense width above 0")
 
     @property
     def dense(self) -> int:
@@ -475,7 +476,7 @@ class RouteTask(Record):
 
 @dataclass(frozen=True)
 class DenoiserRef(Record):
-    """A denoiser to evaluate. ``experts`` are small checkpoints; empty means the plan is cut from the pretrained weights, no plan means dense."""
+    """A denoiser to evaluate. ``experts`` are small checkpoints; none: the plan is cut from the pretrained weights; no plan: dense."""
 
     label: str
     plan: MixturePlan | None = None
@@ -493,7 +494,6 @@ class EvaluateTask(Record):
     noise_seeds: tuple[int, ...]
     """One seed per generated sample, so that neither batch size nor sharding changes a sample."""
     partition: Partition
-    elastic: ElasticSettings
     scheduler: str
     steps: int
     batch_size: int

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,8 +54,14 @@ class CostTable:
         return self.cost(self.space.smallest).macs / self.dense.macs
 
 
-def cost_table(config: dict, settings: ElasticSettings) -> CostTable:
-    """Measure the table on the meta device: one forward pass per choice rank, all sites at once."""
+def cost_table(config: dict[str, Any], settings: ElasticSettings) -> CostTable:
+    """Measure the table on the meta device: one forward pass per choice rank, all sites at once. Measured once per process."""
+    return _cost_table(json.dumps(config), settings)
+
+
+@functools.lru_cache(maxsize=8)
+def _cost_table(config_json: str, settings: ElasticSettings) -> CostTable:
+    config = json.loads(config_json)
     with torch.device("meta"):
         model = families.build(config).eval()
     branches = families.family_of_config(config).sites(model, settings)

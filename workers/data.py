@@ -99,9 +99,9 @@ def check(path: str, channels: int, size: int, resize: bool) -> int:
     if not count:
         raise InputError(f"data.path: no images under {path}: its Parquet files have no rows")
     found, payload = (size, size), next(_items(source)).payload
-    with contextlib.suppress(Exception):  # an unreadable image is for the build to refuse or skip
-        with _open_image(payload or b"") as image:
-            found = image.size
+    # an unreadable image is for the build to refuse or skip
+    with contextlib.suppress(Exception), _open_image(payload or b"") as image:
+        found = image.size
     if found != (size, size) and not resize:
         raise InputError(f"data.path: images are {_misfit(found, size)}")
     return count
@@ -146,7 +146,7 @@ class ImageCache:
     def load(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 [B, C, H, W], a copy, in the order asked for. Raises: IndexError outside [0, count)."""
         wanted = np.asarray(rows, dtype=np.int64)
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < self.count):
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.count):
             raise IndexError(f"rows {wanted.min()}..{wanted.max()} are not all within [0, {self.count})")
         pixels = np.empty((len(wanted), int(np.prod(self.shape))), np.uint8)
         owner = np.searchsorted(self._starts, wanted, side="right") - 1

@@ -53,7 +53,7 @@ class NoiseSchedule:
     def __init__(self, config: dict[str, Any]):
         """Raises: InputError if the pipeline's scheduler is not of the discrete DDPM kind (EDM, flow matching)."""
         if config.get("_class_name") not in TRAINING_CLASSES:
-            raise InputError(f"model.path: scheduler {config.get('_class_name')} does not use DDPM training timesteps, which this method needs")
+            raise InputError(f"model.path: scheduler {config.get('_class_name')} has no DDPM training timesteps, which this method needs")
         self.scheduler = diffusers.DDPMScheduler.from_config(config)
         self.num_timesteps: int = self.scheduler.config.num_train_timesteps
         self.prediction_type: str = self.scheduler.config.prediction_type
@@ -72,7 +72,7 @@ class NoiseSchedule:
         raise InputError(f"model.path: prediction_type {self.prediction_type!r} is not epsilon, sample or v_prediction")
 
     def log_snr(self, timesteps: Sequence[int]) -> np.ndarray:
-        """log(abar / (1 - abar)) at the given timesteps; pure noise (zero terminal SNR) counts as abar = 2^-24, as in diffusers' samplers."""
+        """log(abar / (1 - abar)) at the given timesteps; zero terminal SNR counts as abar = 2^-24, as in diffusers' samplers."""
         abar = self.scheduler.alphas_cumprod.double().cpu().numpy()[np.asarray(timesteps)].clip(min=2**-24)
         return np.log(abar) - np.log1p(-abar)
 

@@ -23,7 +23,7 @@ from workers.contracts import ArchitectureSpec, ElasticSite, SearchSpace
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter that shrinks with its branch: the units lie along ``dim``, ``lead`` times over (2 where scale and shift share a projection)."""
+    """A parameter that shrinks with its branch: units lie along ``dim``, ``lead`` times over (2: scale and shift share a projection)."""
 
     parameter: str
     dim: int
@@ -43,7 +43,7 @@ class Branch:
     """The module that reads the units (conv2, to_out): the gate goes right before it, after every normalisation."""
     channel_dim: int
     """Where the gate module's input has its channels: 1 for a convolution, -1 for a linear layer."""
-    drop: Callable[[nn.Module], nn.Module]
+    drop: Callable[[Any], nn.Module]
     """The block without its branch: what remains is the shortcut."""
 
     @property
@@ -171,7 +171,8 @@ def extract(model: nn.Module, branches: Sequence[Branch], spec: ArchitectureSpec
         elif keep < branch.units:
             for cut in branch.cuts:
                 parameter = small.get_parameter(cut.parameter)
-                _set(small, cut.parameter, nn.Parameter(_take(parameter.detach(), cut, branch.units, keep).clone(), parameter.requires_grad))
+                kept = _take(parameter.detach(), cut, branch.units, keep).clone()
+                _set(small, cut.parameter, nn.Parameter(kept, parameter.requires_grad))
                 _describe(small.get_submodule(cut.parameter.rpartition(".")[0]))
             _set(small, branch.counter, keep)
     return small

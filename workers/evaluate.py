@@ -36,19 +36,31 @@ def denoising_losses(model: Any, schedule: NoiseSchedule, images: Tensor, seeds:
     return np.stack(losses, axis=1)
 
 
-def draw_samples(model: Any, scheduler: str, config: dict[str, Any], steps: int, seeds: Sequence[int], shape: tuple[int, int, int], batch: int, device: str) -> tuple[np.ndarray, float]:
+def draw_samples(
+    model: Any,
+    scheduler: str,
+    config: dict[str, Any],
+    steps: int,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    batch: int,
+    device: str,
+) -> tuple[np.ndarray, float]:
     """Samples float32 [n, C, H, W] in [-1, 1], one per seed, and the seconds they took."""
     started = time.perf_counter()
-    parts = [sample(model, make_sampler(scheduler, config), steps, seeds[i : i + batch], shape, device).cpu() for i in range(0, len(seeds), batch)]
+    parts = [
+        sample(model, make_sampler(scheduler, config), steps, seeds[i : i + batch], shape, device).cpu()
+        for i in range(0, len(seeds), batch)
+    ]
     return torch.cat(parts).numpy(), time.perf_counter() - started
 
 
-def paired_metrics(samples: np.ndarray, dense: np.ndarray) -> dict[str, float]:
-    """How far samples [n, C, H, W] are from dense's samples of the same noise: MSE (of values in [-1, 1]), PSNR in dB, SSIM."""
+def paired_metrics(samples: np.ndarray, dense: np.ndarray) -> dict[str, float | None]:
+    """How far samples [n, C, H, W] in [-1, 1] are from dense's of the same noise: MSE, PSNR in dB (None if equal), SSIM."""
     mine, theirs = torch.from_numpy(samples), torch.from_numpy(dense)
     psnr, ssim = PeakSignalNoiseRatio(data_range=(-1.0, 1.0)), StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
     if np.array_equal(samples, dense):
-        return {"paired_mse": 0.0, "paired_psnr_db": float("inf"), "paired_ssim": 1.0}
+        return {"paired_mse": 0.0, "paired_psnr_db": None, "paired_ssim": 1.0}  # infinite: JSON has no word for it
     return {
         "paired_mse": float((mine.double() - theirs.double()).square().mean()),
         "paired_psnr_db": float(psnr(mine, theirs)),

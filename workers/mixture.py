@@ -44,7 +44,7 @@ class MixtureDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         if len(architectures) != len(boundaries) + 1 or list(boundaries) != sorted(set(boundaries)):
             raise InputError(f"{len(architectures)} experts need {len(architectures) - 1} ascending boundaries, not {list(boundaries)}")
-        self.boundaries = tuple(boundaries)
+        self.boundaries, self.out_channels = tuple(boundaries), out_channels
         dense = families.build(base)
         branches = families.family_of_config(base).sites(dense, ANY_WIDTH)
         self.experts = nn.ModuleList(extract(dense, branches, ArchitectureSpec(dict(spec))) for spec in architectures)
@@ -69,7 +69,7 @@ class MixtureDenoiser(ModelMixin, ConfigMixin):
             output = self.experts[int(self.expert_index(timestep))](sample, timestep, **kwargs).sample
         else:
             index = self.expert_index(timestep)
-            output = torch.empty(len(sample), self.config.out_channels, *sample.shape[2:], dtype=sample.dtype, device=sample.device)
+            output = torch.empty(len(sample), self.out_channels, *sample.shape[2:], dtype=sample.dtype, device=sample.device)
             for k, expert in enumerate(self.experts):
                 rows = (index == k).nonzero().flatten()
                 if len(rows):

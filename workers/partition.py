@@ -50,7 +50,9 @@ def best_cuts(costs: np.ndarray, experts: int, min_length: int = 1) -> tuple[flo
     n = len(costs) - 1
     if experts < 1 or experts * min_length > n:
         at_least = f" of at least {min_length} cells" if min_length > 1 else ""
-        raise InputError(f"partition.experts: {experts} experts{at_least} do not fit a grid of {n} timesteps: ask for fewer, or raise similarity.timesteps")
+        raise InputError(
+            f"partition.experts: {experts} experts{at_least} do not fit a grid of {n} timesteps: ask for fewer, raise similarity.timesteps"
+        )
     length = np.arange(n + 1)[None, :] - np.arange(n + 1)[:, None]
     allowed = np.where(length >= min_length, costs, np.inf)
     best, came_from = allowed[0].copy(), []

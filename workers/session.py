@@ -137,7 +137,9 @@ def _threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 
 
-def run_trial(config: dict[str, Any], task: Callable[[Session, Any], Any], items: dict[str, Any], device: str, axes: tuple[str, ...]) -> None:
+def run_trial(
+    config: dict[str, Any], task: Callable[[Session, Any], Any], items: dict[str, Any], device: str, axes: tuple[str, ...]
+) -> None:
     """The trainable of the router search: one trial is one combination of the axes (budget, agent, seed)."""
     import json
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from workers import checkpoint, data, evaluate, families, partition, routers, similarity
 from workers.contracts import (
-    ArchitectureSpec,
     DenoiserRef,
     EvaluateTask,
     ExpertCheckpoint,
@@ -28,6 +28,7 @@ from workers.contracts import (
     MixturePlan,
     Progress,
     RouteTask,
+    RunFailed,
     SimilarityMatrix,
     SimilarityTask,
     derive_seed,
@@ -35,7 +36,7 @@ from workers.contracts import (
 from workers.cost import cost_table
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator, make_sampler, pixels, sampler_timesteps, steps_per_expert
 from workers.elastic import Branch, ElasticDenoiser, extract, importance_order, reorder
-from workers.mixture import MixtureDenoiser
+from workers.mixture import ANY_WIDTH, MixtureDenoiser
 from workers.session import Session
 from workers.training import fit, sandwich
 
@@ -58,7 +59,7 @@ def embed_timesteps(session: Session, item: SimilarityTask) -> str:
         minibatches = [pixels(images.load(item.rows[i : i + item.batch_size]), session.device) for i in starts]
     problem = similarity.SimilarityProblem(schedule, minibatches, model, item.buckets, item.seed)
     unit = f"t{item.timesteps[0]:04d}-{item.timesteps[-1]:04d}"
-    parts = []
+    parts: list[np.ndarray] = []
     started = time.time()
     for t in item.timesteps:
         session.report(Progress("analyze", unit, len(parts), len(item.timesteps), seconds=time.time() - started))
@@ -109,7 +110,9 @@ def cut_timesteps(
     costs = partition.interval_costs(np.asarray(matrix.values))
     return {
         "partition": chosen.to_json(),
-        "boundary_frequency": partition.boundary_frequency(replicates, matrix, chosen, 1 if not isinstance(experts, (int, str)) else min_length),
+        "boundary_frequency": partition.boundary_frequency(
+            replicates, matrix, chosen, 1 if not isinstance(experts, (int, str)) else min_length
+        ),
         "cost": partition.partition_cost(chosen, matrix),
         "curve": {str(k): value for k, value in partition.cost_curve(costs, min_length, max_experts).items()},
         "baselines": {name: {"partition": p.to_json(), "cost": partition.partition_cost(p, matrix)} for name, p in baselines.items()},
@@ -143,7 +146,9 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
     return fit(session, elastic, teacher, names, schedule, item, networks, {"orders": orders})
 
 
-def _importance(session: Session, model: nn.Module, branches: Sequence[Branch], schedule: NoiseSchedule, item: ExpertTask) -> dict[str, list[int]]:
+def _importance(
+    session: Session, model: nn.Module, branches: Sequence[Branch], schedule: NoiseSchedule, item: ExpertTask
+) -> dict[str, list[int]]:
     """Importance of every unit for the denoising loss on the expert's own interval."""
     if item.elastic.importance == "magnitude":
         return importance_order(model, branches, iter(()), "magnitude")
@@ -226,7 +231,9 @@ def search_plan(session: Session, item: RouteTask) -> MixturePlan:
     timesteps = sampler_timesteps(item.budget.scheduler, families.load_scheduler_config(item.model), item.budget.steps)
     served = steps_per_expert(item.partition, timesteps)
     shares = tuple(count / len(timesteps) for count in served)
-    tables = [{s: {int(c): v for c, v in row.items()} for s, row in json.loads(Path(path).read_text()).items()} for path in item.sensitivity]
+    tables = [
+        {s: {int(c): v for c, v in row.items()} for s, row in json.loads(Path(path).read_text()).items()} for path in item.sensitivity
+    ]
     problem = routers.RouteProblem(experts, table, shares, item.budget.ratio, search, score, tables)
     rng = random.Random(derive_seed(item.search_seed, item.agent, item.budget.name))
     specs = routers.check_plan(problem, routers.agent(item.agent).search(problem, item.settings, rng))
@@ -239,7 +246,7 @@ def search_plan(session: Session, item: RouteTask) -> MixturePlan:
 # --- evaluation and publishing --------------------------------------------------------------------------------------
 
 
-def load_reference(ref: DenoiserRef, model_path: str, item: EvaluateTask | None = None) -> nn.Module:
+def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
     """The denoiser a reference points to: dense, a mixture of fine-tuned experts, or a mixture cut from the pretrained weights."""
     dense = families.load_denoiser(model_path)
     if ref.plan is None:
@@ -247,11 +254,10 @@ def load_reference(ref: DenoiserRef, model_path: str, item: EvaluateTask | None 
     config = families.load_config(model_path)
     mixture = MixtureDenoiser.of(config, ref.plan.partition.boundaries, ref.plan.experts)
     if ref.experts:
-        for expert, saved in zip(mixture.experts, ref.experts, strict=True):
+        for expert, saved in zip(mixture.experts.children(), ref.experts, strict=True):
             expert.load_state_dict(checkpoint.read(saved.path, prefix="ema.")[0])
     else:
-        assert item is not None
-        branches = families.family_of_config(config).sites(dense, item.elastic)
+        branches = families.family_of_config(config).sites(dense, ANY_WIDTH)
         reorder(dense, branches, importance_order(dense, branches, iter(()), "magnitude"))
         mixture.experts = nn.ModuleList(extract(dense, branches, spec) for spec in ref.plan.experts)
     return mixture.eval()
@@ -260,7 +266,7 @@ def load_reference(ref: DenoiserRef, model_path: str, item: EvaluateTask | None 
 @torch.no_grad()
 def evaluate_shard(session: Session, item: EvaluateTask) -> str:
     """Samples from fixed noise and held-out denoising losses of one denoiser on one shard, as ``item.out`` (npz)."""
-    model = load_reference(item.denoiser, item.model, item).to(session.device)
+    model = load_reference(item.denoiser, item.model).to(session.device)
     schedule, config = NoiseSchedule(families.load_scheduler_config(item.model)), families.load_scheduler_config(item.model)
     images = data.ImageCache.open(item.images)
     started, losses = time.time(), []
@@ -286,6 +292,7 @@ def summarise(session: Session, item: tuple[tuple[EvaluateTask, ...], str]) -> d
     for task in items:
         shards.setdefault(task.denoiser.label, []).append(np.load(task.out))
     samples = {label: np.concatenate([shard["samples"] for shard in parts]) for label, parts in shards.items()}
+    arrays: dict[str, Any] = dict(samples)
     losses = {label: np.concatenate([shard["losses"] for shard in parts]) for label, parts in shards.items()}
     metrics: dict[str, dict[str, Any]] = {}
     for label, task in {task.denoiser.label: task for task in items}.items():
@@ -294,20 +301,24 @@ def summarise(session: Session, item: tuple[tuple[EvaluateTask, ...], str]) -> d
             "denoising_loss_by_timestep": [float(v) for v in losses[label].mean(0)],
             "timesteps": list(task.timesteps),
             **evaluate.paired_metrics(samples[label], samples["dense"]),
-            **evaluate.time_per_step(load_reference(task.denoiser, task.model, task), task, session.device),
+            **evaluate.time_per_step(load_reference(task.denoiser, task.model), task, session.device),
         }
     temporary = Path(out).with_suffix(".tmp.npz")
-    np.savez(temporary, **samples)
+    np.savez(temporary, **arrays)
     os.replace(temporary, out)
     return metrics
 
 
 def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, str, str]) -> str:
-    """Write a published version's files: the mixture (config and weights, float32) and the base model's scheduler."""
+    """Write a published version's files: the mixture (config and weights, float32) and the base model's scheduler.
+
+    Raises: RunFailed if the weights cannot be written.
+    """
     ref, model_path, scheduler, out = item
-    mixture = load_reference(ref, model_path)
-    mixture.save_pretrained(out, safe_serialization=True)
+    mixture: Any = load_reference(ref, model_path)
+    try:
+        mixture.save_pretrained(out, safe_serialization=True)
+    except SafetensorError as error:  # a full disk, which safetensors does not report as OSError
+        raise RunFailed(f"the mixture cannot be written to {out}: {error}: the same command again continues") from error
     make_sampler(scheduler, families.load_scheduler_config(model_path)).save_pretrained(Path(out) / "scheduler")
     return out
-
-

@@ -69,10 +69,17 @@ class Features:
 
 
 def expert_loss(
-    predicted: Tensor, features: Sequence[Tensor], taught: Tensor, taught_features: Sequence[Tensor], target: Tensor, settings: TrainSettings
+    predicted: Tensor,
+    features: Sequence[Tensor],
+    taught: Tensor,
+    taught_features: Sequence[Tensor],
+    target: Tensor,
+    settings: TrainSettings,
 ) -> Tensor:
     """Output distillation + feature distillation (each level relative to the teacher's energy) + denoising."""
-    ratios = [F.mse_loss(a.float(), b.float()) / b.float().square().mean().clamp_min(1e-8) for a, b in zip(features, taught_features, strict=True)]
+    ratios = [
+        F.mse_loss(a.float(), b.float()) / b.float().square().mean().clamp_min(1e-8) for a, b in zip(features, taught_features, strict=True)
+    ]
     return (
         settings.output_weight * F.mse_loss(predicted.float(), taught.float())
         + settings.feature_weight * torch.stack(ratios).mean()
@@ -126,10 +133,15 @@ class Trainer:
         for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = gradient.view_as(p)
 
+    @property
+    def averaged(self) -> nn.Module:
+        """The denoiser that holds the averaged weights."""
+        return self.ema.module.get_submodule("model")
+
     def tensors(self) -> dict[str, Tensor]:
         """The whole training state as named tensors."""
         state = {f"model.{name}": tensor for name, tensor in self.model.model.state_dict().items()}
-        state |= {f"ema.{name}": tensor for name, tensor in self.ema.module.model.state_dict().items()}
+        state |= {f"ema.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         state["updates"] = self.ema.n_averaged
         for index, slots in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
@@ -140,7 +152,7 @@ class Trainer:
             return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
         self.model.model.load_state_dict(part("model."))
-        self.ema.module.model.load_state_dict(part("ema."))
+        self.averaged.load_state_dict(part("ema."))
         self.ema.n_averaged.copy_(state["updates"])
         slots: dict[int, dict[str, Tensor]] = {}
         for name, tensor in part("optimizer.").items():
@@ -181,7 +193,9 @@ def fit(
     elastic.to(device)
     ema = AveragedModel(elastic, multi_avg_fn=_ema_update(settings.ema_decay)).requires_grad_(False)
     hooks = Features(elastic.model, features)
-    optimizer = torch.optim.AdamW(elastic.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        elastic.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type == "cuda"
+    )
     optimizer = accelerator.prepare(optimizer)
     trainer = Trainer(accelerator, elastic, teacher, optimizer, ema, schedule, hooks, Features(teacher, features), settings)
 
@@ -212,7 +226,9 @@ def fit(
         if step % every == 0 or step == settings.steps:
             history.append([step, round(float(loss), 6)])
             if not math.isfinite(history[-1][1]):
-                raise RunFailed(f"{task.stage} {task.interval.name}: the loss is {history[-1][1]} at step {step}: lower {task.stage}.learning_rate")
+                raise RunFailed(
+                    f"{task.stage} {task.interval.name}: the loss is {history[-1][1]} at step {step}: lower {task.stage}.learning_rate"
+                )
         if step % settings.checkpoint_every == 0 or step == settings.steps:
             save(step)
         if time.time() - told > 0.5 or step == settings.steps:

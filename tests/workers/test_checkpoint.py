@@ -39,14 +39,18 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
     folder = checkpoint.save_step(tmp_path, 120, lambda at: checkpoint.write(at, tensors(), about))
     found, described = checkpoint.read(folder)
     assert folder == tmp_path / "step_0000120"
-    assert found.keys() == tensors().keys() and described == {"schema": checkpoint.SCHEMA, **about}
+    assert found.keys() == tensors().keys()
+    assert described == {"schema": checkpoint.SCHEMA, **about}
     for name, tensor in tensors().items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape and bits(found[name]) == bits(tensor)
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert bits(found[name]) == bits(tensor)
 
 
 def test_a_prefix_selects_and_goes(tmp_path):
     found, about = checkpoint.read(save(tmp_path, 1), prefix="model.")
-    assert found.keys() == {"weight", "turned"} and about["step"] == 1
+    assert found.keys() == {"weight", "turned"}
+    assert about["step"] == 1
 
 
 def test_a_checkpoint_is_two_files(tmp_path):
@@ -62,7 +66,8 @@ def test_the_newest_two_are_kept(tmp_path):
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 5, attempt=1)
     save(tmp_path, 5, attempt=2)
-    assert names(tmp_path) == ["step_0000005"] and checkpoint.read(tmp_path / "step_0000005")[1]["attempt"] == 2
+    assert names(tmp_path) == ["step_0000005"]
+    assert checkpoint.read(tmp_path / "step_0000005")[1]["attempt"] == 2
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -76,7 +81,8 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path, error)
     for step in (5, 6):
         with pytest.raises(error):
             checkpoint.save_step(tmp_path, step, fail)
-    assert names(tmp_path) == ["step_0000005"] and checkpoint.read(tmp_path / "step_0000005")[1]["step"] == 5
+    assert names(tmp_path) == ["step_0000005"]
+    assert checkpoint.read(tmp_path / "step_0000005")[1]["step"] == 5
 
 
 def test_what_a_killed_write_left_is_no_checkpoint_and_no_hindrance(tmp_path):
@@ -84,11 +90,13 @@ def test_what_a_killed_write_left_is_no_checkpoint_and_no_hindrance(tmp_path):
     left.mkdir()
     (left / "rubbish").write_text("half")
     assert checkpoint.latest(tmp_path) is None
-    assert names(save(tmp_path, 5)) == ["checkpoint.json", "state.safetensors"] and names(tmp_path) == ["step_0000005"]
+    assert names(save(tmp_path, 5)) == ["checkpoint.json", "state.safetensors"]
+    assert names(tmp_path) == ["step_0000005"]
 
 
 def test_there_is_no_latest_checkpoint_in_an_empty_or_missing_folder(tmp_path):
-    assert checkpoint.latest(tmp_path) is None and checkpoint.latest(tmp_path / "nowhere") is None
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
 def truncate(name: str, kept: int):

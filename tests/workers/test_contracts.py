@@ -43,7 +43,7 @@ EXAMPLES: list[Record] = [
     TRAIN,
     contracts.ExpertTask("finetune", "model", "cache", (0, 1), Interval(0, 300), ELASTIC, TRAIN, 2, 16, 0, True, "source", SPEC),
     ROUTE,
-    contracts.RouteTask("model", "cache", (0, 1), PARTITION, ELASTIC, (EXPERT,) * 3, BUDGET, "era", 0, ROUTE, "cpu", ("table.json",)),
+    contracts.RouteTask("model", "cache", (0, 1), PARTITION, ELASTIC, (EXPERT,) * 3, BUDGET, "era", 0, ROUTE, "cpu", 5, ("table.json",)),
     contracts.DenoiserRef("small", PLAN, (EXPERT,) * 3),
     contracts.EvaluateTask(
         contracts.DenoiserRef("dense"), "model", "cache", (0,), (1, 2), PARTITION, ELASTIC, "ddim", 5, 2, (100, 500), 0, "cpu", "out.npz"
@@ -118,7 +118,8 @@ def test_a_bool_is_not_a_number_and_a_whole_number_is_a_float():
     with pytest.raises(InputError, match="macs: True"):
         Cost.from_json({"macs": True, "params": 1})
     latency = Cost.from_json({"macs": 1, "params": 1, "latency_ms": 2}).latency_ms
-    assert isinstance(latency, float) and latency == 2.0
+    assert isinstance(latency, float)
+    assert latency == 2.0
 
 
 def test_records_are_frozen():
@@ -136,7 +137,8 @@ def test_an_interval_is_neither_empty_nor_negative(start, stop):
 
 
 @pytest.mark.parametrize(
-    "intervals", [(), (Interval(1, 5),), (Interval(0, 5), Interval(6, 9)), (Interval(0, 5), Interval(4, 9)), (Interval(5, 9), Interval(0, 5))]
+    "intervals",
+    [(), (Interval(1, 5),), (Interval(0, 5), Interval(6, 9)), (Interval(0, 5), Interval(4, 9)), (Interval(5, 9), Interval(0, 5))],
 )
 def test_a_partition_starts_at_zero_and_its_intervals_touch(intervals):
     with pytest.raises(InputError):
@@ -202,7 +204,8 @@ def test_a_search_space_knows_its_ends():
 def test_a_plan_costs_the_weighted_sum_of_its_experts():
     costs = (Cost(10, 1), Cost(20, 1), Cost(40, 1))
     plan = dataclasses.replace(PLAN, expert_costs=costs)
-    assert plan.macs == 0.25 * 10 + 0.5 * 20 + 0.25 * 40 and plan.cost_ratio == plan.macs / 40
+    assert plan.macs == 0.25 * 10 + 0.5 * 20 + 0.25 * 40
+    assert plan.cost_ratio == plan.macs / 40
 
 
 # --- timesteps ------------------------------------------------------------------------------------------------------
@@ -216,7 +219,8 @@ def test_a_boundary_belongs_to_the_noisier_expert():
 def test_an_array_of_timesteps_gets_an_integer_array_of_its_shape(boundaries):
     timesteps = np.array([[0, 299.5, 300], [699, 700, 999]])
     index = contracts.interval_index(timesteps, boundaries)
-    assert index.shape == timesteps.shape and index.dtype.kind == "i"
+    assert index.shape == timesteps.shape
+    assert index.dtype.kind == "i"
     assert np.array_equal(index, np.searchsorted(boundaries, timesteps, side="right"))
 
 
@@ -225,7 +229,9 @@ def test_an_array_of_timesteps_gets_an_integer_array_of_its_shape(boundaries):
 
 def test_an_architecture_is_the_same_whatever_the_order_of_its_sites():
     turned = ArchitectureSpec(dict(reversed(SPEC.choices.items())))
-    assert turned == SPEC and hash(turned) == hash(SPEC) and turned.digest == SPEC.digest
+    assert turned == SPEC
+    assert hash(turned) == hash(SPEC)
+    assert turned.digest == SPEC.digest
     assert SPEC.replace("mid_block.attentions.0", 1).digest != SPEC.digest
 
 
@@ -238,7 +244,8 @@ def test_digests_and_seeds_are_the_same_in_every_process():
 def test_a_seed_depends_on_every_part_and_its_place():
     parts = [("a", 1), ("a", 2), ("b", 1), (1, "a"), ("a", 1, 0), ("a1",), ("a", "1")]
     seeds = {contracts.derive_seed(*p) for p in parts}
-    assert len(seeds) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_the_contracts_load_neither_torch_nor_ray_nor_numpy():

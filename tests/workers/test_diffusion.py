@@ -48,8 +48,10 @@ def halve(x: Tensor, t: Tensor) -> SimpleNamespace:
 def test_timesteps_come_from_the_interval_and_its_margins(interval, low, high):
     drawn = draw_timesteps(interval, T, 20_000, 0.25, generator("cpu", 0))
     inside = (drawn >= interval.start) & (drawn < interval.stop)
-    assert drawn.shape == (20_000,) and drawn.dtype == torch.int64
-    assert int(drawn.min()) == low and int(drawn.max()) == high - 1
+    assert drawn.shape == (20_000,)
+    assert drawn.dtype == torch.int64
+    assert int(drawn.min()) == low
+    assert int(drawn.max()) == high - 1
     assert abs(float((~inside).float().mean()) - 0.25) < 0.02
 
 
@@ -62,7 +64,8 @@ def test_timesteps_are_uniform_inside_and_outside():
 
 def test_no_fraction_outside_stays_inside():
     drawn = draw_timesteps(Interval(300, 700), T, 20_000, 0.0, generator("cpu", 0))
-    assert int(drawn.min()) == 300 and int(drawn.max()) == 699
+    assert int(drawn.min()) == 300
+    assert int(drawn.max()) == 699
 
 
 def test_an_interval_of_all_timesteps_has_no_outside():
@@ -71,8 +74,11 @@ def test_an_interval_of_all_timesteps_has_no_outside():
 
 
 def test_the_same_generator_draws_the_same_timesteps():
-    first, again, other = (draw_timesteps(Interval(300, 700), T, 50, 0.2, generator("cpu", *seed)) for seed in ((1, "a"), (1, "a"), (1, "b")))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    first, again, other = (
+        draw_timesteps(Interval(300, 700), T, 50, 0.2, generator("cpu", *seed)) for seed in ((1, "a"), (1, "a"), (1, "b"))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 # --- noise and targets ----------------------------------------------------------------------------------------------
@@ -99,7 +105,8 @@ def test_log_snr_follows_from_the_betas(config):
     timesteps = torch.arange(T)
     expected = (abar(timesteps) / (1 - abar(timesteps))).log().flatten().numpy()
     found = NoiseSchedule(config).log_snr(timesteps.tolist())
-    assert np.allclose(found, expected, atol=1e-3) and (np.diff(found) < 0).all()
+    assert np.allclose(found, expected, atol=1e-3)
+    assert (np.diff(found) < 0).all()
 
 
 def test_the_target_is_what_the_model_predicts(config, noised):
@@ -108,7 +115,8 @@ def test_the_target_is_what_the_model_predicts(config, noised):
     def target(kind: str) -> Tensor:
         return NoiseSchedule({**config, "prediction_type": kind}).target(clean, noise, timesteps)
 
-    assert torch.equal(target("epsilon"), noise) and torch.equal(target("sample"), clean)
+    assert torch.equal(target("epsilon"), noise)
+    assert torch.equal(target("sample"), clean)
     velocity = abar(timesteps).sqrt() * noise - (1 - abar(timesteps)).sqrt() * clean
     assert torch.allclose(target("v_prediction").double(), velocity, atol=1e-5)
     with pytest.raises(InputError, match="'aura' is not epsilon"):
@@ -118,7 +126,7 @@ def test_the_target_is_what_the_model_predicts(config, noised):
 @pytest.mark.parametrize("name", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler", None])
 def test_a_scheduler_without_ddpm_timesteps_is_refused(name):
     other = {"_class_name": name} if name is None else {**getattr(diffusers, name)().config, "_class_name": name}
-    with pytest.raises(InputError, match=f"scheduler {name} does not use DDPM"):
+    with pytest.raises(InputError, match=f"scheduler {name} has no DDPM"):
         NoiseSchedule(other)
 
 
@@ -129,7 +137,8 @@ def test_a_scheduler_without_ddpm_timesteps_is_refused(name):
 def test_a_sampler_keeps_the_models_betas_and_prediction_type(name, config):
     sampler = make_sampler(name, {**config, "prediction_type": "v_prediction"})
     assert torch.equal(sampler.betas, NoiseSchedule(config).scheduler.betas)
-    assert sampler.config.prediction_type == "v_prediction" and sampler.config.num_train_timesteps == T
+    assert sampler.config.prediction_type == "v_prediction"
+    assert sampler.config.num_train_timesteps == T
 
 
 def test_an_unknown_sampler_is_refused(config):
@@ -154,7 +163,20 @@ def test_the_model_is_called_at_the_samplers_timesteps_noisiest_first(name, step
 
     sample(denoise, make_sampler(name, config), steps, [0], SHAPE, "cpu")
     assert seen == sampler_timesteps(name, config, steps)
-    assert seen == sorted(seen, reverse=True) and 0 <= seen[-1] <= seen[0] < T
+    assert seen == sorted(seen, reverse=True)
+    assert 0 <= seen[-1] <= seen[0] < T
+
+
+@every_sampler
+def test_the_first_input_of_the_model_has_unit_variance(name, config):
+    seen = []
+
+    def denoise(x: Tensor, t: Tensor) -> SimpleNamespace:
+        seen.append(x)
+        return halve(x, t)
+
+    sample(denoise, make_sampler(name, config), 5, range(4), SHAPE, "cpu")
+    assert float(seen[0].std()) == pytest.approx(1, abs=0.03)
 
 
 @every_sampler
@@ -163,7 +185,8 @@ def test_a_batch_samples_what_its_images_sample_alone(name, config):
     for image, seed in zip(together, (7, 8, 7), strict=True):
         assert torch.equal(sample(halve, make_sampler(name, config), 7, [seed], SHAPE, "cpu")[0], image)
     assert not torch.allclose(together[0], together[1], atol=0.1)
-    assert together.shape == (3, *SHAPE) and float(together.abs().max()) <= 1
+    assert together.shape == (3, *SHAPE)
+    assert float(together.abs().max()) <= 1
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "unipc"])

@@ -69,7 +69,8 @@ def test_the_dynamic_programme_equals_brute_force(points):
         for experts in range(1, points // min_length + 1):
             (best, cuts), *_ = cuts_by_brute_force(values, experts, min_length)
             found, found_cuts = partition.best_cuts(costs, experts, min_length)
-            assert found == pytest.approx(best, abs=1e-9) and found_cuts == cuts
+            assert found == pytest.approx(best, abs=1e-9)
+            assert found_cuts == cuts
 
 
 def test_clean_blocks_are_found_exactly():
@@ -94,7 +95,8 @@ def test_cuts_lie_halfway_between_grid_timesteps_of_any_grid():
 def test_the_grid_holds_the_middles_of_equal_cells(points):
     timesteps = partition.grid(T, points)
     edges = partition.cell_edges(timesteps, T)
-    assert len(timesteps) == points and edges == sorted(set(edges))
+    assert len(timesteps) == points
+    assert edges == sorted(set(edges))
     assert all(a <= t < b for t, (a, b) in zip(timesteps, itertools.pairwise(edges), strict=True))
     assert max(b - a for a, b in itertools.pairwise(edges)) - min(b - a for a, b in itertools.pairwise(edges)) <= 1
 
@@ -112,7 +114,8 @@ def test_a_grid_finer_than_the_schedule_is_refused(points):
 @pytest.mark.parametrize("num_timesteps", [12, 1000])
 def test_a_partition_covers_all_timesteps(experts, num_timesteps):
     found = partition.cut(matrix(random_similarity(12, seed=0), num_timesteps), experts)
-    assert len(found) == experts and found.num_timesteps == num_timesteps
+    assert len(found) == experts
+    assert found.num_timesteps == num_timesteps
     assert sum(interval.length for interval in found.intervals) == num_timesteps
 
 
@@ -155,7 +158,8 @@ def test_auto_needs_room_for_two_intervals():
 
 def test_the_cost_curve_starts_at_one_and_never_rises():
     curve = partition.cost_curve(partition.interval_costs(random_similarity(10, seed=1)))
-    assert list(curve) == [1, 2, 3, 4, 5, 6] and curve[1] == 1
+    assert list(curve) == [1, 2, 3, 4, 5, 6]
+    assert curve[1] == 1
     assert all(curve[k + 1] < curve[k] for k in range(1, 6))
 
 
@@ -178,7 +182,9 @@ def test_explicit_boundaries_that_do_not_fit_are_refused(boundaries):
 def test_uniform_intervals_differ_by_one_timestep_at_most(num_timesteps):
     for experts in range(1, min(num_timesteps, 12) + 1):
         lengths = [interval.length for interval in partition.uniform_in_t(num_timesteps, experts).intervals]
-        assert len(lengths) == experts and sum(lengths) == num_timesteps and max(lengths) - min(lengths) <= 1
+        assert len(lengths) == experts
+        assert sum(lengths) == num_timesteps
+        assert max(lengths) - min(lengths) <= 1
 
 
 def test_uniform_in_log_snr_cuts_the_range_of_log_snr_evenly():
@@ -194,7 +200,8 @@ def test_uniform_in_log_snr_gives_every_expert_a_timestep_on_steep_schedules(sha
     log_snr = shape(np.linspace(20, -20, num_timesteps))
     for experts in range(1, min(num_timesteps, 12) + 1):
         found = partition.uniform_in_log_snr(log_snr, experts)
-        assert len(found) == experts and found.num_timesteps == num_timesteps
+        assert len(found) == experts
+        assert found.num_timesteps == num_timesteps
 
 
 def test_the_best_partition_is_no_dearer_than_the_baselines():

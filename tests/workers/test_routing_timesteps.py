@@ -82,7 +82,8 @@ def test_partition_and_mixture_agree_on_every_timestep_of_a_sampler(name, data, 
     assert [mixture.expert_index(float(t)) for t in sampler.timesteps] == expected
     assert [int(mixture.expert_index(t)) for t in sampler.timesteps] == expected
     index = mixture.expert_index(sampler.timesteps)
-    assert index.dtype == torch.int64 and index.tolist() == expected
+    assert index.dtype == torch.int64
+    assert index.tolist() == expected
     for t, k in zip(sampler.timesteps, expected, strict=True):
         if float(t).is_integer():
             assert mixture.expert_index(int(t)) == partition.index_of(int(t)) == k
@@ -90,12 +91,18 @@ def test_partition_and_mixture_agree_on_every_timestep_of_a_sampler(name, data, 
     timesteps = sampler_timesteps(name, config, steps)
     assert timesteps == [float(t) for t in sampler.timesteps]
     served = steps_per_expert(partition, timesteps)
-    assert sum(served) == len(sampler.timesteps) and served == [expected.count(k) for k in range(len(partition))]
+    assert sum(served) == len(sampler.timesteps)
+    assert served == [expected.count(k) for k in range(len(partition))]
 
 
 @pytest.mark.parametrize(
     ("name", "spacing", "served"),
-    [("ddim", "leading", [6, 8, 6]), ("ddim", "trailing", [6, 8, 6]), ("unipc", "linspace", [5, 9, 6]), ("dpmpp-karras", "leading", [7, 5, 8])],
+    [
+        ("ddim", "leading", [6, 8, 6]),
+        ("ddim", "trailing", [6, 8, 6]),
+        ("unipc", "linspace", [5, 9, 6]),
+        ("dpmpp-karras", "leading", [7, 5, 8]),
+    ],
 )
 def test_steps_per_expert_of_known_schedules(name, spacing, served, emoji):
     config = {**families.load_scheduler_config(emoji), "timestep_spacing": spacing}
@@ -125,7 +132,8 @@ def test_a_batch_of_mixed_timesteps_equals_a_loop_over_its_rows(mixture, sample,
         alone = mixture(sample[row : row + 1], t).sample
         assert torch.equal(alone, mixture.experts[k](sample[row : row + 1], t).sample)
         assert torch.allclose(found[row : row + 1], alone, atol=1e-5)
-    assert found.dtype == sample.dtype and found.shape == sample.shape
+    assert found.dtype == sample.dtype
+    assert found.shape == sample.shape
 
 
 @pytest.mark.parametrize(("t", "k"), [(0, 0), (299, 0), (299.75, 0), (300, 1), (699.5, 1), (700.0, 2), (999, 2)])
@@ -142,7 +150,9 @@ def test_one_timestep_for_the_whole_batch_goes_to_one_expert(mixture, sample, t,
 def test_without_return_dict_the_answer_is_a_tuple(mixture, sample):
     for t in (5, torch.tensor([5, 300, 600, 800, 999])):
         found = mixture(sample, t, return_dict=False)
-        assert isinstance(found, tuple) and len(found) == 1 and torch.equal(found[0], mixture(sample, t).sample)
+        assert isinstance(found, tuple)
+        assert len(found) == 1
+        assert torch.equal(found[0], mixture(sample, t).sample)
 
 
 @torch.no_grad()
@@ -206,12 +216,17 @@ def test_a_saved_mixture_is_the_same_in_a_new_process_and_in_its_pipeline(emoji,
     save_file(given, tmp_path / "inputs")
     arguments = [tmp_path / "mixture", emoji, tmp_path / "inputs", tmp_path / "out"]
     done = subprocess.run(
-        [sys.executable, "-c", IN_A_NEW_PROCESS, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        [sys.executable, "-c", IN_A_NEW_PROCESS, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     found, loaded = load_file(tmp_path / "out"), MixtureDenoiser.from_pretrained(tmp_path / "mixture")
     saved = mixture.state_dict()
-    assert loaded.state_dict().keys() == saved.keys() and all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
     with torch.no_grad():
         assert torch.equal(found["predicted"], loaded(given["sample"], given["timestep"]).sample)
         # weights mapped from a file are aligned otherwise than weights in memory, which is enough for CPU kernels to round otherwise
@@ -219,7 +234,8 @@ def test_a_saved_mixture_is_the_same_in_a_new_process_and_in_its_pipeline(emoji,
     pipeline = DDPMPipeline(loaded, DDPMPipeline.from_pretrained(emoji).scheduler)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
-    assert images.shape == (2, 32, 32, 3) and np.array_equal(found["images"].numpy(), images)
+    assert images.shape == (2, 32, 32, 3)
+    assert np.array_equal(found["images"].numpy(), images)
 
 
 def test_a_mixture_holds_its_experts_extracted(mixture, sample):

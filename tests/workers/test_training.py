@@ -84,7 +84,9 @@ def test_a_finished_run_trains_no_further(task, tmp_path):
 
 
 def test_a_finetuned_expert_is_small_and_its_loss_falls(task, tmp_path):
-    elastic = tasks.train_expert(Session(folder=str(tmp_path / "elastic")), dataclasses.replace(task, train=dataclasses.replace(SETTINGS, steps=1)))
+    elastic = tasks.train_expert(
+        Session(folder=str(tmp_path / "elastic")), dataclasses.replace(task, train=dataclasses.replace(SETTINGS, steps=1))
+    )
     model = families.load_denoiser(task.model)
     space = families.family("unet2d").sites(model, task.elastic)
     narrow = training.SearchSpace(tuple(branch.site for branch in space)).narrowest

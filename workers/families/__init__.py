@@ -90,7 +90,7 @@ def load_scheduler_config(folder: str | Path) -> dict[str, Any]:
 
 def family_of_config(config: dict[str, Any]) -> ModuleType:
     """The family of a denoiser's config, which it has checked. Raises: InputError."""
-    found = [module for module in map(family, names()) if module.CLASS_NAME == config.get("_class_name")]
+    found = [module for module in map(family, names()) if config.get("_class_name") == module.CLASS_NAME]
     if not found:
         classes = ", ".join(f"{name} ({family(name).CLASS_NAME})" for name in names())
         raise InputError(f"model.path: a {config.get('_class_name')} is of no known model family: known are {classes}")

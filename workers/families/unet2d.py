@@ -35,7 +35,7 @@ def sites(model: nn.Module, settings: ElasticSettings) -> tuple[Branch, ...]:
     return tuple(residual_branches(model, settings))
 
 
-def features(model: nn.Module) -> list[str]:
+def features(model: Any) -> list[str]:
     """The end of every level: the residual stream, whose shape no architecture changes."""
     down = [f"down_blocks.{i}" for i in range(len(model.down_blocks))]
     return [*down, "mid_block", *(f"up_blocks.{i}" for i in range(len(model.up_blocks)))]
@@ -43,7 +43,7 @@ def features(model: nn.Module) -> list[str]:
 
 def tiny() -> nn.Module:
     """A random 16 x 16 model with attention of two heads, 1x1 shortcuts and scale-shift conditioning."""
-    return UNet2DModel(
+    model: Any = UNet2DModel(
         sample_size=16,
         in_channels=3,
         out_channels=3,
@@ -54,4 +54,5 @@ def tiny() -> nn.Module:
         attention_head_dim=16,
         norm_num_groups=4,
         resnet_time_scale_shift="scale_shift",
-    ).eval()
+    )
+    return model.eval()

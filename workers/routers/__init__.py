@@ -56,7 +56,7 @@ class CalibrationBatch:
 
 @dataclass
 class RouteProblem:
-    """One budget to meet. ``search_batches`` are for looking around, ``score_batches`` for the loss that is reported; one of each per expert."""
+    """One budget to meet. Per expert, ``search_batches`` are for looking around, ``score_batches`` for the loss that is reported."""
 
     experts: Sequence[ElasticDenoiser]
     table: CostTable

@@ -1,8 +1,9 @@
 """The Expert Routing Agent: a GRU that reads all sites of all experts and emits a width u and a depth v for each, trained end to end.
 
 One sequence over all experts and sites, so that one expert's choice can depend on another's. Frozen orthogonal inputs, bidirectional GRU
-64 -> 128, LayerNorm + ReLU, a head per site; Gumbel straight-through choices; only the agent learns. Loss = schedule-weighted expert loss
-+ cost_weight x |log(cost / budget)|. It starts from the greedy plan, and its answer is the best plan met on the way.
+64 -> 128, LayerNorm + ReLU, a head per site; Gumbel straight-through choices; only the agent learns. Loss = log(schedule-weighted expert
+loss) + cost_weight x |log(cost / budget)|: both terms are ratios, so one weight holds the budget whatever the scale of the losses.
+It starts from the greedy plan, and its answer is the best plan met on the way.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ OFFSET = 3.0
 
 class Agent(nn.Module):
     """Logits over every site's choices, for every expert."""
+
+    inputs: Tensor
+    start_depth: Tensor
 
     def __init__(self, problem: RouteProblem, start: Specs):
         super().__init__()
@@ -71,7 +75,7 @@ def _widths(site: ElasticSite) -> tuple[int, ...]:
 
 
 def _start_width(site: ElasticSite, choice: int) -> Tensor:
-    """Logits that prefer ``choice`` and, less and less, its neighbours (a dropped branch prefers its narrowest form, should it come back)."""
+    """Logits that prefer ``choice`` and, less and less, its neighbours (a dropped branch, should it come back, its narrowest form)."""
     rank = _widths(site).index(choice or site.narrowest)
     return OFFSET * torch.tensor([-abs(r - rank) / 1.0 for r in range(len(_widths(site)))]).clamp_min(-2)
 
@@ -86,14 +90,13 @@ def search(problem: RouteProblem, settings: RouteSettings, rng: random.Random) -
         noise = torch.Generator(device=device).manual_seed(rng.getrandbits(63))
     optimizer = torch.optim.AdamW(agent.parameters(), lr=settings.era_learning_rate, weight_decay=0.0)
     candidates = {start}
-    for step in range(settings.era_steps):
+    for _ in range(settings.era_steps):
         optimizer.zero_grad(set_to_none=True)
         loss = _agent_loss(agent, problem, settings, noise, rng)
         loss.backward()
         nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % max(1, settings.era_steps // 8) == 0:
-            candidates.add(greedy.fit_budget(problem, agent.plan()))
+        candidates.add(greedy.fit_budget(problem, agent.plan()))
     return min(sorted(candidates, key=lambda specs: [spec.digest for spec in specs]), key=problem.loss)
 
 
@@ -116,7 +119,7 @@ def _agent_loss(agent: Agent, problem: RouteProblem, settings: RouteSettings, no
         if problem.shares[k] > 0:
             quality = quality + problem.shares[k] * problem.gated_loss(k, gates, rows)
         cost = cost + problem.shares[k] * macs / dense
-    return quality + settings.cost_weight * (cost / problem.ratio).log().abs()
+    return quality.clamp_min(1e-8).log() + settings.cost_weight * (cost / problem.ratio).log().abs()
 
 
 def _sample(width: Tensor, depth: Tensor, site: ElasticSite, temperature: float, noise: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ def fit_budget(problem: RouteProblem, start: Specs) -> Specs:
         spent += _cost_change(problem, k, site, specs[k][site], choice)
         specs[k][site] = choice
     while True:
-        room = problem.ratio - spent
-        ups = [move for move in _moves(problem, specs, down=False) if _cost_change(problem, move[1], move[2], specs[move[1]][move[2]], move[3]) <= room]
+        room = problem.ratio - spent + 1e-12
+        ups = [m for m in _moves(problem, specs, down=False) if _cost_change(problem, m[1], m[2], specs[m[1]][m[2]], m[3]) <= room]
         if not ups:
             return tuple(ArchitectureSpec(choices) for choices in specs)
         price, k, site, choice = min(ups)

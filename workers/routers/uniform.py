@@ -11,7 +11,7 @@ GOLDEN = 0.6180339887498949
 
 
 def at_level(space: SearchSpace, level: float) -> ArchitectureSpec:
-    """The sub-network at ``level``: 2 is dense, 1 the narrowest, 0 the smallest. Between them sites step down one at a time, well spread."""
+    """The sub-network at ``level``: 2 is dense, 1 the narrowest, 0 the smallest. In between, sites step down one at a time, well spread."""
     return ArchitectureSpec({site.name: _choice(site, level, i * GOLDEN % 1) for i, site in enumerate(space.sites)})
 
 

@@ -1,7 +1,7 @@
 """How alike are two timesteps? One file per measure; every measure embeds timesteps, and this module compares the embeddings.
 
-A measure defines ``embed(problem, timesteps) -> float array [minibatches, len(timesteps), D]``: row (b, t) depends on minibatch b, timestep t
-and the seed only, never on how the grid was split over workers. Similarity is the cosine of the embeddings' mean over minibatches.
+A measure defines ``embed(problem, timesteps) -> float array [minibatches, len(timesteps), D]``: row (b, t) depends on minibatch b, timestep
+t and the seed only, never on how the grid was split over workers. Similarity is the cosine of the embeddings' mean over minibatches.
 ``NEEDS_MODEL`` says whether model and images have to be loaded.
 Legend: B minibatches, T' grid timesteps, D embedding size, R bootstrap replicates.
 """

@@ -1,0 +1,316 @@
+"""The report says what the run measured, also where the run looks bad, and is one page that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator import figures, report
+from orchestrator.config import JobConfig
+from orchestrator.pipeline import Pipeline
+from orchestrator.planning import Prepared
+from orchestrator.stages import STAGES
+from orchestrator.store import RunStore
+from workers.contracts import (
+    ArchitectureSpec,
+    Budget,
+    Cost,
+    ElasticSite,
+    ExpertCheckpoint,
+    InputError,
+    Interval,
+    MixturePlan,
+    Partition,
+    SearchSpace,
+    SimilarityMatrix,
+)
+from workers.cost import CostTable
+
+SITES = (
+    ElasticSite("up_blocks.0.resnets.0", (0, 2, 4), "group"),
+    ElasticSite("mid_block.attentions.0", (0, 1, 2), "head"),
+    ElasticSite("down_blocks.0.attentions.0", (0, 1, 2), "head"),
+    ElasticSite("down_blocks.0.resnets.0", (0, 2, 4), "group"),
+)
+DENSE = Cost(macs=1_000_000_000, params=4_000_000)
+T = 1000
+
+
+def plan(budget: Budget, agent: str, partition: Partition, loss: float, choice: int) -> MixturePlan:
+    """Every site of every expert at its choice number ``choice``; expert k costs a little more than k - 1."""
+    spec = ArchitectureSpec({site.name: site.choices[choice] for site in SITES})
+    shares = tuple(interval.length / T for interval in partition.intervals)
+    ratio = budget.ratio if agent != "uniform" else 0.98 * budget.ratio
+    costs = tuple(Cost(int(ratio * DENSE.macs), 1_500_000 + 10_000 * k) for k in range(len(partition)))
+    return MixturePlan(budget, agent, 0, partition, (spec,) * len(partition), shares, costs, DENSE, loss, 12.5)
+
+
+def metrics(loss: float, mse: float | None, time: float) -> dict[str, Any]:
+    by_timestep = {"timesteps": [100, 500, 900], "denoising_loss_by_timestep": [2 * loss, loss / 2, loss / 2]}
+    paired = {"paired_mse": mse or 0.0, "paired_psnr_db": 6.02 - 10 * np.log10(mse) if mse else None, "paired_ssim": 0.9 if mse else 1.0}
+    return {"denoising_loss": loss, "ms_per_step": time, **by_timestep, **paired}
+
+
+def finished_run(
+    folder: Path,
+    *,
+    budgets: tuple[float, ...] = (0.65, 0.5),
+    boundaries: tuple[int, ...] = (300,),
+    losses: tuple[float, float, float] = (2.0, 1.5, 1.2),
+    errors: tuple[float, float] = (0.1, 0.2),
+    reliability: float = 0.9,
+    frequency: float = 0.95,
+    samples: int = 3,
+    size: int = 8,
+    changes: dict[str, Any] | None = None,
+    skip: str = "",
+) -> Prepared:
+    """A run folder as the six stages leave it. ``losses``: of uniform, greedy and era; ``errors``: of the mixture and uniform."""
+    job = JobConfig.model_validate(
+        {
+            "name": "tiny",
+            "storage": {"path": str(folder)},
+            "model": {"path": "some/model"},
+            "data": {"path": "some/images"},
+            "budgets": [{"ratio": ratio} for ratio in budgets],
+        }
+    ).model_copy(update=changes or {})
+    store = RunStore(folder / "run")
+    pipeline = Pipeline(STAGES, job.model_dump(mode="json"), {"model": "ab" * 32, "data.path": "cd" * 32}, store)
+    space = SearchSpace(SITES)
+    prepared = Prepared(job, store, pipeline, CostTable(space, DENSE, {}, {}), 1000)
+
+    partition, grid = Partition.from_boundaries(boundaries, T), tuple(range(50, T, 100))
+    similarity = 1 - np.abs(np.subtract.outer(grid, grid)) / T
+    matrix = SimilarityMatrix("gradient", T, grid, tuple(map(tuple, similarity.tolist())), (reliability,) * len(grid), 64)
+    cut = {
+        "partition": partition.to_json(),
+        "cost": 0.5,
+        "curve": {"1": 1.0, "2": 0.5},
+        "boundary_frequency": [frequency] * len(boundaries),
+        "baselines": {"uniform in t": {"partition": partition.to_json(), "cost": 0.7}},
+    }
+
+    def expert(name: str, interval: Interval, started: float) -> ExpertCheckpoint:
+        path = folder / "run" / "train" / name / "step_0000004"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "checkpoint.json").write_text(json.dumps({"history": [[1, 0.5], [2, 0.4], [3, 0.3], [4, 0.25]]}))
+        return ExpertCheckpoint(interval, str(path), 4, 0.25, started, started + 60)
+
+    rng = np.random.default_rng(0)
+    arrays = {"dense": rng.uniform(-1, 1, (samples, 3, size, size)).astype(np.float32)}
+    measured = {"dense": metrics(0.02, None, 40.0)}
+    trials, chosen, tuned, published = [], {}, {}, {}
+    for number, ratio in enumerate(budgets, 1):
+        budget = Budget("macs", ratio, "ddim", 20)
+        found = [
+            plan(budget, agent, partition, loss, i)
+            for i, (agent, loss) in enumerate(zip(("uniform", "greedy", "era"), losses, strict=True))
+        ]
+        best = min(found, key=lambda p: p.loss)
+        trials += found
+        chosen[budget.name] = best
+        kinds = {"": (best, errors[0]), " cut only": (found[0], 0.8)} | (
+            {" uniform": (found[0], errors[1])} if best is not found[0] else {}
+        )
+        for kind, (of, error) in kinds.items():
+            noisy = arrays["dense"] + error * rng.standard_normal(arrays["dense"].shape)
+            arrays[budget.name + kind] = noisy.astype(np.float32)
+            mse = float(np.square(arrays[budget.name + kind] - arrays["dense"]).mean())
+            measured[budget.name + kind] = metrics(0.021 + error / 10, mse, 40 * ratio + error)
+            for interval in partition.intervals if kind != " cut only" else ():
+                name = f"{budget.name}-{of.agent}-{interval.name}"
+                tuned[name] = expert(name, interval, 2000.0).to_json()
+        published[budget.name] = {"reference": f"tiny:{number}", "path": str(folder / "registry" / "tiny" / str(number))}
+    results = {
+        "analyze": {"similarity": matrix.to_json()},
+        "partition": cut,
+        "specialize": {"experts": [expert(i.name, i, 1000.0 + 20 * k).to_json() for k, i in enumerate(partition.intervals)]},
+        "route": {"chosen": {name: p.to_json() for name, p in chosen.items()}, "trials": [p.to_json() for p in trials]},
+        "finetune": {"experts": tuned},
+        "publish": {"metrics": measured, "published": published},
+    }
+    for stage, result in results.items():
+        fingerprint = pipeline.fingerprints[stage]
+        store.stage_folder(stage, fingerprint).mkdir(parents=True)
+        if stage != skip:
+            store.finish(stage, fingerprint, result, 1000.0, 30.0)
+    np.savez(store.stage_folder("publish", pipeline.fingerprints["publish"]) / "samples.npz", **arrays)  # type: ignore[arg-type]
+    return prepared
+
+
+def said(prepared: Prepared, level: str) -> str:
+    return " ".join(remark.text for remark in report.remarks(report.gather(prepared)) if remark.level == level)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, str]:
+    prepared = finished_run(tmp_path_factory.mktemp("report"))
+    return prepared, report.build(prepared).read_text()
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_page_lies_in_the_run_folder_with_every_figure_beside_it(built: tuple[Prepared, str]) -> None:
+    folder = built[0].store.folder
+    assert (folder / "report.html").is_file()
+    names = {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto"}
+    assert {path.stem for path in (folder / "figures").iterdir()} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "figures").iterdir())
+    assert not list(folder.glob("**/*.tmp"))
+
+
+def test_page_needs_nothing_else(built: tuple[Prepared, str]) -> None:
+    page = built[1]
+    sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)', page)
+    assert len(sources) == 7
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?://|<script|<link|url\(|@import", page)
+
+
+def test_page_holds_the_numbers_of_the_run(built: tuple[Prepared, str]) -> None:
+    prepared, page = built
+    e = report.gather(prepared)
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page))
+    for m in e.measured[1:]:
+        assert f"{m.metrics['paired_psnr_db']:.2f}" in text
+        assert f"{m.metrics['paired_ssim']:.3f}" in text
+    assert f"MSE {figures.sig(e.mixture(e.smallest).mse)}" in report.verdict(e)
+    assert report.verdict(e) in text
+    assert report.verdict(e).startswith("Two mixtures of 2 experts at 65% and 50% of the dense model's MACs.")
+    assert "2 of 2 specialize trainers ran at the same time for 40 s." in text
+    assert "MixtureDenoiser.from_pretrained(" in text
+    assert "diffpruning registry verify tiny:1" in text
+
+
+def test_same_run_gives_the_same_bytes(built: tuple[Prepared, str]) -> None:
+    prepared, page = built
+    assert report.build(prepared).read_text() == page
+
+
+def test_hostile_names_and_paths_stay_text(tmp_path: Path) -> None:
+    evil = "\"><script>alert(1)</script><img src=http://evil.example onerror='x'> $\\frac{"
+    base = finished_run(tmp_path / "a").job
+    changes = {"name": evil, "model": base.model.model_copy(update={"path": evil}), "data": base.data.model_copy(update={"path": evil})}
+    page = report.build(finished_run(tmp_path / "b", budgets=(0.5,), changes=changes)).read_text()
+    assert "<script" not in page
+    assert "<img src=http" not in page
+    assert html.escape(evil, quote=False).split("'")[0].replace('"', "&#34;") in page
+
+
+@pytest.mark.parametrize("stage", ["publish", "route"])
+def test_unfinished_run_is_refused_with_the_missing_stage(tmp_path: Path, stage: str) -> None:
+    prepared = finished_run(tmp_path, skip=stage)
+    with pytest.raises(InputError, match=f"stage {stage} is not done"):
+        report.build(prepared)
+    assert not (prepared.store.folder / "report.html").exists()
+
+
+def test_one_budget_one_expert_one_large_grey_sample_still_make_a_page(tmp_path: Path) -> None:
+    prepared = finished_run(tmp_path, budgets=(1.0,), boundaries=(), samples=1, size=300, errors=(0.0, 0.0))
+    e = report.gather(prepared)
+    e = replace(e, measured=tuple(replace(m, samples=m.samples[:, :1]) for m in e.measured), specialized=())
+    assert set(report.draw(e)) == {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto"}
+    assert report.verdict(e).startswith("A mixture of 1 expert at 100%")
+
+
+# --- honesty --------------------------------------------------------------------------------------------------------
+
+
+def test_says_so_when_era_wins(tmp_path: Path) -> None:
+    assert "At 50%, era found the best plan: search loss 1.2, against greedy 1.5 (+25.0%)" in said(finished_run(tmp_path), "good")
+
+
+def test_says_so_when_era_loses_to_greedy_and_to_uniform(tmp_path: Path) -> None:
+    lost = said(finished_run(tmp_path / "both", losses=(2.0, 1.5, 2.2)), "warning")
+    assert "At 50%, era did not beat greedy and uniform here: search loss 2.2" in lost
+    assert "The plan of greedy is used." in lost
+
+
+def test_a_tie_is_no_victory_of_era(tmp_path: Path) -> None:
+    assert "era did not beat uniform here" in said(finished_run(tmp_path, losses=(1.2, 1.5, 1.2)), "warning")
+
+
+def test_says_so_when_uniform_itself_was_chosen(tmp_path: Path) -> None:
+    assert "is the uniform allocation itself" in said(finished_run(tmp_path, losses=(1.0, 1.5, 1.2)), "warning")
+
+
+@pytest.mark.parametrize(
+    ("errors", "level", "text"),
+    [
+        ((0.1, 0.2), "good", "the mixture beats the uniform allocation"),
+        ((0.2, 0.1), "warning", "the mixture does not beat the uniform allocation"),
+    ],
+)
+def test_mixture_is_compared_with_the_uniform_allocation(tmp_path: Path, errors: tuple[float, float], level: str, text: str) -> None:
+    assert text in said(finished_run(tmp_path, errors=errors), level)
+
+
+def test_a_difference_within_its_standard_error_is_not_clear(tmp_path: Path) -> None:
+    e = report.gather(finished_run(tmp_path, budgets=(0.5,)))
+    offsets = {"mixture": (0.1, 0.3, 0.1), "uniform": (0.3, 0.1, 0.11)}  # from dense, sample by sample
+    shifted = {kind: e.dense.samples + np.array(by, np.float32)[:, None, None, None] for kind, by in offsets.items()}
+    e = replace(e, measured=tuple(replace(m, samples=shifted.get(m.kind, m.samples)) for m in e.measured))
+    [remark] = [remark for remark in report.remarks(e) if "uniform allocation" in remark.text]
+    assert remark.level == "note"
+    assert "not clearly" in remark.text
+
+
+def test_says_that_more_images_are_needed_when_reliability_or_a_cut_is_low(tmp_path: Path) -> None:
+    assert "More images needed" not in said(finished_run(tmp_path / "sure"), "warning")
+    assert "median reliability 0.30" in said(finished_run(tmp_path / "noise", reliability=0.3), "warning")
+    unsure = said(finished_run(tmp_path / "cut", frequency=0.4), "warning")
+    assert "the cut at t = 300 (40%) came back in too few bootstrap resamples" in unsure
+
+
+def test_says_so_when_samples_are_far_from_dense(tmp_path: Path) -> None:
+    assert "samples are far from dense's" in said(finished_run(tmp_path, errors=(0.7, 0.8)), "warning")
+
+
+def test_curves_that_cannot_be_read_are_skipped_and_named(tmp_path: Path) -> None:
+    prepared = finished_run(tmp_path)
+    experts = report.gather(prepared).specialized
+    (Path(experts[0].path) / "checkpoint.json").unlink()
+    (Path(experts[1].path) / "checkpoint.json").write_text("{ damaged")
+    found, missing = report.curves(report.gather(prepared))
+    assert missing == ["specialize t 0\N{EN DASH}300", "specialize t 300\N{EN DASH}1000"]
+    assert set(found) == {"65% mixture", "65% uniform", "50% mixture", "50% uniform"}
+
+
+def test_curves_are_found_in_a_run_folder_that_moved(tmp_path: Path) -> None:
+    prepared = finished_run(tmp_path / "old")
+    expert = report.gather(prepared).specialized[0]
+    moved = prepared.store.folder.rename(tmp_path / "new")
+    assert report.history(expert, moved) == [(1, 0.5), (2, 0.4), (3, 0.3), (4, 0.25)]
+
+
+# --- small parts ----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_best_of_a_budget_is_marked(tmp_path: Path) -> None:
+    e = report.gather(finished_run(tmp_path))
+    columns = report.key_columns(e)
+    mse = [column.title for column in columns].index("MSE")
+    groups = report.key_rows(e, columns)
+    assert [cells[mse][1] for _, cells in groups["50%"]] == [True, False, False]
+    assert not any(best for _, cells in groups[""] for _, best in cells)
+    assert not any(cells[0][1] for _, cells in groups["50%"])  # a smaller cost at a given budget is no merit
+
+
+def test_sites_are_named_briefly_and_stand_in_network_order() -> None:
+    assert [figures.short_name(site.name) for site in figures.in_network_order(SITES)] == ["d0.r0", "d0.a0", "mid.a0", "u0.r0"]
+
+
+def test_most_at_once_counts_what_overlaps() -> None:
+    interval = Interval(0, 10)
+    trainers = [figures.Trainer(str(i), interval, start, stop) for i, (start, stop) in enumerate([(0, 10), (2, 8), (4, 20), (20, 30)])]
+    assert figures.most_at_once(trainers) == (3, 4)
+    assert figures.overlap("finetune", trainers[2:]) == "The finetune trainers ran one after the other."
