@@ -142,6 +142,7 @@ def run(job: str, overrides: tuple[str, ...], only: str | None, redo: tuple[str,
 
     signal.signal(signal.SIGTERM, _as_interrupt)
     prepared = planning.prepare(config)
+    prepared.pipeline.select(only, prepared.pipeline.after(redo))  # refuses before anything is written
     prepared.store.claim(planning.owner(prepared.job))
     clusters: list[Any] = []
     with prepared.store.lock(), ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json") as view:

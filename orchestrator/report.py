@@ -133,7 +133,8 @@ def verdict(e: Evidence) -> str:
     aside = []
     if cut_only and mixture.mse:
         times = cut_only.mse / mixture.mse
-        aside.append(f"cut without training: {sig(cut_only.mse)}, " + (f"i.e. {times:.2g}x worse" if times > 1.05 else "no worse"))
+        worse = f"i.e. {times:,.{int(times < 10)}f}x worse" if times > 1.05 else "no worse"
+        aside.append(f"cut without training: {sig(cut_only.mse)}, {worse}")
     if not math.isnan(e.unrelated_mse):
         aside.append(f"two unrelated dense samples: {sig(e.unrelated_mse)}")
     loss = mixture.metrics["denoising_loss"] / e.dense.metrics["denoising_loss"]
@@ -155,7 +156,7 @@ def _against_uniform(e: Evidence, plan: MixturePlan) -> Remark:
     """Is the allocation worth anything? Paired over samples, so that the difference comes with its standard error."""
     mixture, uniform = e.mixture(plan), e.find(plan, "uniform")
     at = f"At {mixture.budget}, the mixture"
-    if uniform is None and plan.agent == "uniform":
+    if uniform is None and any(trial.agent == "uniform" and trial.experts == plan.experts for trial in trials_of(e, plan)):
         return Remark("warning", f"{at} is the uniform allocation itself: no agent found a better one.")
     if uniform is None:
         return Remark("note", f"{at} was not compared with the uniform allocation under the same fine-tuning (finetune.compare_uniform).")

@@ -1,0 +1,368 @@
+"""One whole run, small and real: from PNGs to a published mixture that any process can load, and what the same command does again."""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from diffusers import DDPMPipeline, UNet2DModel
+from PIL import Image
+
+from orchestrator.cli import main
+from orchestrator.registry import Registry
+from workers.contracts import Interval
+
+ROOT = Path(__file__).parents[2]
+STAGES = ["analyze", "partition", "specialize", "route", "finetune", "publish"]
+SETTINGS = {
+    "name": "small",
+    "data.holdout": 8,
+    "similarity.timesteps": 6,
+    "similarity.images": 4,
+    "similarity.batch_size": 2,
+    "similarity.bootstrap": 5,
+    "partition.experts": 2,
+    "elastic.width_multiple": 32,
+    "specialize.steps": 2,
+    "specialize.batch_size": 2,
+    "specialize.random_networks": 0,
+    "specialize.importance_images": 2,
+    "router.images": 4,
+    "router.era_steps": 2,
+    "router.era_batch": 2,
+    "budgets": [{"ratio": 0.5}],
+    "sampler.steps": 4,
+    "finetune.steps": 2,
+    "finetune.batch_size": 2,
+    "evaluate.images": 2,
+    "evaluate.samples": 2,
+    "evaluate.timesteps": 2,
+    "evaluate.batch_size": 2,
+    "resources.device": "cpu",
+}
+
+
+@dataclass
+class Run:
+    """The finished run: where everything lies, and what its command said."""
+
+    folder: Path
+    first: subprocess.CompletedProcess[str]
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / "small"
+
+    @property
+    def registry(self) -> Path:
+        return self.folder / "registry"
+
+    @property
+    def found(self) -> dict:
+        return json.loads(self.first.stdout)
+
+    def arguments(self, *more: str, **changed: object) -> list[str]:
+        settings = SETTINGS | {
+            "data.path": str(self.folder / "images"),
+            "storage.path": str(self.folder / "runs"),
+            "registry.path": str(self.registry),
+        }
+        settings |= {key.replace("__", "."): value for key, value in changed.items()}
+        overrides = [argument for key, value in settings.items() for argument in ("--set", f"{key}={json.dumps(value)}")]
+        return ["run", "quickstart", "--inline", "--json", *overrides, *more]
+
+    def again(self, *more: str, **changed: object) -> Result:
+        """The same command in this process, perhaps with something changed."""
+        return diffpruning(*self.arguments(*more, **changed))
+
+    def done(self, stage: str) -> dict:
+        """The record of a stage under the settings of the first run, which is the oldest."""
+        records = [json.loads(path.read_text()) for path in self.run.glob(f"{stage}-????????/done.json")]
+        return min(records, key=lambda record: record["started"])
+
+    @property
+    def manifest(self) -> dict:
+        return json.loads((self.registry / "small" / "1" / "manifest.json").read_text())
+
+
+def diffpruning(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def stage_lines(stderr: str) -> list[tuple[str, str]]:
+    """(stage, running | finished | already done) in the order told."""
+    lines = [line.split() for line in stderr.splitlines() if line.split() and line.split()[0] in STAGES and not line.startswith(" ")]
+    return [(words[0], " ".join(words[1:3]) if words[1] == "already" else words[1]) for words in lines]
+
+
+def in_a_new_process(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def tree(*folders: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file; progress and lock are there to change."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name not in ("progress.json", ".lock")]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, emoji_images) -> Run:
+    folder = tmp_path_factory.mktemp("inline")
+    (folder / "images").mkdir()
+    rows = next(pq.ParquetFile(emoji_images).iter_batches(48, columns=["image"])).to_pylist()
+    for i, row in enumerate(rows):
+        Image.open(io.BytesIO(row["image"]["bytes"])).save(folder / "images" / f"{i:02d}.png")
+    made = Run(folder, subprocess.CompletedProcess([], 0))
+    made.first = in_a_new_process("from orchestrator.cli import main; main()", *made.arguments(), cwd=folder)
+    assert made.first.returncode == 0, made.first.stderr
+    return made
+
+
+# --- the first run ----------------------------------------------------------------------------------------------------
+
+
+def test_stdout_is_one_json_document_and_stderr_tells_the_six_stages(run):
+    found = json.loads(run.first.stdout)
+    assert set(found) == {"run_folder", "report", "published"}
+    assert found["run_folder"] == str(run.run)
+    assert found["published"] == {"macs-0.50": {"reference": "small:1", "path": str(run.registry / "small" / "1")}}
+    assert stage_lines(run.first.stderr) == [(stage, state) for stage in STAGES for state in ("running", "finished")]
+    assert "48 images decoded" in run.first.stderr
+    assert "Traceback" not in run.first.stderr
+
+
+def test_the_command_writes_only_in_storage_and_registry(run):
+    assert {path.name for path in run.folder.iterdir()} == {"images", "runs", "registry"}
+    assert {path.name for path in (run.folder / "runs").iterdir()} == {"small"}
+
+
+def test_no_temporary_file_is_left(run):
+    files = [path for folder in (run.run, run.registry) for path in folder.rglob("*")]
+    assert not [path for path in files if ".tmp" in path.name or path.name.startswith(".publishing")]
+
+
+def test_the_report_is_there_and_stands_alone(run):
+    page = Path(run.found["report"])
+    assert page == run.run / "report.html"
+    text = page.read_text()
+    assert "<html" in text
+    assert "small" in text
+
+
+def test_the_version_is_verified_and_within_its_budget(run):
+    version = Registry(run.registry).resolve("small@latest")
+    assert Registry(run.registry).verify(version) == 3
+    plan = version.manifest().plan
+    spent = sum(share * cost.macs for share, cost in zip(plan.shares, plan.expert_costs, strict=True))
+    assert 0 < spent <= 0.5 * plan.dense_cost.macs
+    assert sum(plan.shares) == pytest.approx(1)
+    assert len(plan.experts) == 2
+
+
+def test_the_manifest_is_strict_json_and_says_where_it_comes_from(run):
+    text = (run.registry / "small" / "1" / "manifest.json").read_text()
+
+    def refuse(word: str):
+        raise AssertionError(f"{word} is not JSON")
+
+    manifest = json.loads(text, parse_constant=refuse)
+    assert manifest["provenance"]["fingerprint"] == run.done("publish")["fingerprint"]
+    assert manifest["config"]["specialize"]["steps"] == 2
+    assert set(manifest["metrics"]) >= {"dense", "macs-0.50", "macs-0.50 cut only"}
+    assert manifest["metrics"]["dense"]["paired_mse"] == 0
+
+
+def test_the_claimed_cost_is_the_cost_of_the_published_weights(run):
+    """An independent count: bytes of each expert's tensors in the file against the parameters that the plan promises."""
+    from safetensors import safe_open
+
+    plan = run.manifest["plan"]
+    with safe_open(run.registry / "small" / "1" / "diffusion_pytorch_model.safetensors", framework="numpy") as file:
+        sizes = {name: file.get_tensor(name).size for name in file.keys()}  # noqa: SIM118
+    for k, cost in enumerate(plan["expert_costs"]):
+        assert sum(size for name, size in sizes.items() if name.startswith(f"experts.{k}.")) == cost["params"]
+    assert sum(sizes.values()) == sum(cost["params"] for cost in plan["expert_costs"])
+
+
+def test_the_experts_cover_all_timesteps(run):
+    intervals = [Interval.from_json(expert["interval"]) for expert in run.done("specialize")["result"]["experts"]]
+    assert [intervals[0].start, intervals[-1].stop] == [0, 1000]
+    assert intervals[0].stop == intervals[1].start
+
+
+LOAD = """
+import sys, json, torch
+from diffusers import DDPMPipeline, DDIMScheduler
+from workers.mixture import MixtureDenoiser
+version, dense, out = sys.argv[1:]
+unet = MixtureDenoiser.from_pretrained(version)
+pipeline = DDPMPipeline.from_pretrained(dense, unet=unet)
+pipeline.set_progress_bar_config(disable=True)
+image = pipeline(batch_size=1, generator=torch.Generator().manual_seed(3), num_inference_steps=3).images[0]
+image.save(out)
+heavy = [name for name in ("ray", "orchestrator") if name in sys.modules]
+print(json.dumps({"size": image.size, "parameters": sum(p.numel() for p in unet.parameters()), "heavy": heavy}))
+"""
+
+
+def test_the_version_drops_into_a_diffusers_pipeline_of_a_new_process(run, emoji, tmp_path):
+    done = in_a_new_process(LOAD, run.registry / "small" / "1", emoji, tmp_path / "image.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "size": [32, 32],
+        "parameters": sum(cost["params"] for cost in run.manifest["plan"]["expert_costs"]),
+        "heavy": [],
+    }
+    dense = DDPMPipeline(UNet2DModel.from_pretrained(emoji / "unet"), DDPMPipeline.from_pretrained(emoji).scheduler)
+    dense.set_progress_bar_config(disable=True)
+    image = dense(batch_size=1, generator=torch.Generator().manual_seed(3), num_inference_steps=3).images[0]
+    assert image.tobytes() != Image.open(tmp_path / "image.png").tobytes()  # it was the mixture that drew
+
+
+# --- looking at it ----------------------------------------------------------------------------------------------------
+
+
+def test_list_show_and_verify_agree_with_the_manifest(run):
+    manifest = run.manifest
+    [row] = json.loads(diffpruning("registry", "list", "--json", "--registry", run.registry).stdout)
+    assert row["version"] == "small:1"
+    assert row["paired_mse"] == manifest["metrics"]["macs-0.50"]["paired_mse"]
+    assert 0 < row["cost_ratio"] <= 0.5
+    assert json.loads(diffpruning("registry", "show", "small", "--json", "--registry", run.registry).stdout) == manifest
+    shown = diffpruning("registry", "show", "small:1", "--registry", run.registry)
+    assert [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("t0")] == [
+        f"t{i['start']:04d}-{i['stop']:04d}" for i in manifest["plan"]["partition"]["intervals"]
+    ]
+    verified = json.loads(diffpruning("registry", "verify", "--json", "--registry", run.registry).stdout)
+    assert verified == [{"version": "small:1", "ok": True, "files": len(manifest["files"])}]
+
+
+def test_status_shows_six_done_stages_and_the_report(run):
+    found = json.loads(diffpruning("status", run.run, "--json").stdout)
+    assert {stage["stage"] for stage in found["done"]} == set(STAGES)
+    assert (found["job"], found["running"], found["units"]) == ("small", None, [])
+    assert found["report"] == str(run.run / "report.html")
+    text = diffpruning("status", run.run).stdout
+    assert all(f"  {stage:<12}done in " in text for stage in STAGES)
+
+
+def draw(run: Run, out: Path, *more: object) -> Result:
+    return diffpruning("sample", "small", "--registry", run.registry, "--count", 3, "--steps", 2, "--out", out, "--device", "cpu", *more)
+
+
+def test_sample_draws_a_grid_and_the_same_seed_draws_the_same(run, tmp_path):
+    first, again, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+    done = draw(run, first, "--seed", 5)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, f"{first}\n", "")
+    with Image.open(first) as image:
+        assert (image.format, image.size) == ("PNG", (3 * 32, 32))
+    draw(run, again, "--seed", 5)
+    draw(run, other, "--seed", 6)
+    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
+
+
+def test_the_second_image_of_one_seed_is_the_first_of_the_next(run, tmp_path):
+    draw(run, tmp_path / "a.png", "--seed", 5)
+    draw(run, tmp_path / "b.png", "--seed", 6)
+    with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
+        assert a.crop((32, 0, 96, 32)).tobytes() == b.crop((0, 0, 64, 32)).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--scheduler", "magic"), "'magic' is unknown: known are ddpm, ddim"),
+        (("--steps", "1001"), "1001 is more than the model's 1000 training timesteps"),
+    ],
+)
+def test_sample_refuses_what_cannot_be_sampled(run, tmp_path, arguments, told):
+    done = draw(run, tmp_path / "x.png", *arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert told in done.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+# --- the same command again -------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_does_no_work_and_changes_nothing(run):
+    before = tree(run.run, run.registry)
+    again = run.again()
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == run.found
+    assert stage_lines(again.stderr) == [(stage, "already done") for stage in STAGES]
+    assert tree(run.run, run.registry) == before
+
+
+def test_plan_says_what_the_run_has_left_to_do(run):
+    def states(**changed: object) -> list[str]:
+        arguments = [argument for argument in run.arguments(**changed)[1:] if argument != "--inline"]
+        return [stage["state"] for stage in json.loads(diffpruning("plan", *arguments).stdout)["stages"]]
+
+    before = tree(run.run, run.registry)
+    assert states() == ["done"] * 6
+    assert states(finetune__steps=3) == ["done"] * 4 + ["stale"] * 2
+    assert states(data__flip=True) == ["done"] * 2 + ["stale"] * 4
+    assert tree(run.run, run.registry) == before
+
+
+@contextlib.contextmanager
+def no_room_for_more_than(size: int) -> Iterator[None]:
+    """Writing a file beyond ``size`` bytes fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_when_publishing_leaves_the_registry_whole_and_the_same_command_publishes(run):
+    registry = tree(run.registry)
+    with no_room_for_more_than(500_000):
+        full = run.again("--redo", "publish")
+    assert (full.exit_code, full.stdout) == (1, "")
+    assert full.stderr.splitlines()[-1].startswith("error: the mixture cannot be written to ")
+    assert [line for line in full.stderr.splitlines() if line.startswith(("error:", "Traceback"))] == full.stderr.splitlines()[-1:]
+    assert tree(run.registry) == registry
+    done = run.again()
+    assert done.exit_code == 0, done.output
+    assert stage_lines(done.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]
+    assert json.loads(done.stdout)["published"] == run.found["published"]  # the same weights are the same version
+    assert tree(run.registry) == registry
+
+
+def test_another_budget_runs_route_finetune_and_publish_only(run):
+    untouched = [run.run / path.name for stage in STAGES[:3] for path in run.run.glob(f"{stage}-????????")]
+    before = tree(*untouched, run.registry)
+    done = run.again(budgets=[{"ratio": 0.7}], router__agents=["uniform"], finetune__compare_uniform=False)
+    assert done.exit_code == 0, done.output
+    assert stage_lines(done.stderr) == [(stage, "already done") for stage in STAGES[:3]] + [
+        (stage, state) for stage in STAGES[3:] for state in ("running", "finished")
+    ]
+    assert list(json.loads(done.stdout)["published"]) == ["macs-0.70"]
+    after = tree(*untouched, run.registry)
+    assert {path: after[path] for path in before} == before
+    manifest = Registry(run.registry).resolve("small:2").manifest()
+    assert 0.5 < manifest.plan.cost_ratio <= 0.7
+
+
+def test_a_published_version_is_found_again_after_the_change_is_taken_back(run):
+    again = run.again()
+    assert stage_lines(again.stderr) == [(stage, "already done") for stage in STAGES]
+    assert json.loads(again.stdout)["published"] == run.found["published"]
