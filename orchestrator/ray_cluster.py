@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,8 +54,10 @@ class RayCluster:
         self.max_failures = max_failures
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
         self._own = not ray.is_initialized()
+        on_term = signal.getsignal(signal.SIGTERM)
         with self._quiet():
             self._connect(local_cpus)
+        signal.signal(signal.SIGTERM, on_term)  # Ray's core puts its own in place, which aborts
         try:
             if device == "auto":
                 device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"

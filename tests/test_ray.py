@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -135,23 +136,28 @@ def test_a_job_that_can_never_fit_is_refused_before_anything_runs(folder):
     assert not list((folder / "toobig" / "small").glob("*/done.json"))
 
 
-def test_interrupt_ends_with_130_and_a_line(folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_with_130_and_a_line_and_no_process(folder, number):
+    storage = f"interrupted-{number}"
     process = subprocess.Popen(
-        command(folder, "interrupted"),
+        command(folder, storage),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
         start_new_session=True,
     )
-    run = folder / "interrupted" / "small"
+    run = folder / storage / "small"
     deadline = time.monotonic() + 200
     while not list(run.glob("train/specialize-*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command continues" in err
     assert "Traceback" not in err
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, f"still running: {alive}"

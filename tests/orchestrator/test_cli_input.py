@@ -33,6 +33,7 @@ QUICK = (
     "data.holdout=4",
     "evaluate.images=2",
     "evaluate.samples=2",
+    "budgets=[{ratio: 0.65}, {ratio: 0.5}]",
 )
 
 
@@ -620,7 +621,7 @@ def test_plan_prints_six_stages_and_writes_nothing(tmp_path):
 
 
 def test_plan_as_json_is_one_document_and_writes_nothing(tmp_path):
-    done = diffpruning("plan", "quickstart", "--json")
+    done = diffpruning("plan", "quickstart", "--json", *sets(QUICK))
     assert (done.exit_code, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert [stage["stage"] for stage in found["stages"]] == STAGES

@@ -24,32 +24,23 @@ from workers.contracts import Interval
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["analyze", "partition", "specialize", "route", "finetune", "publish"]
-SETTINGS = {
-    "name": "small",
-    "data.holdout": 8,
-    "similarity.timesteps": 6,
-    "similarity.images": 4,
-    "similarity.batch_size": 2,
-    "similarity.bootstrap": 5,
-    "partition.experts": 2,
-    "elastic.width_multiple": 32,
-    "specialize.steps": 2,
-    "specialize.batch_size": 2,
-    "specialize.random_networks": 0,
-    "specialize.importance_images": 2,
-    "router.images": 4,
-    "router.era_steps": 2,
-    "router.era_batch": 2,
-    "budgets": [{"ratio": 0.5}],
-    "sampler.steps": 4,
-    "finetune.steps": 2,
-    "finetune.batch_size": 2,
-    "evaluate.images": 2,
-    "evaluate.samples": 2,
-    "evaluate.timesteps": 2,
-    "evaluate.batch_size": 2,
-    "resources.device": "cpu",
-}
+JOB = """
+name: small
+storage: {{path: {folder}/runs}}
+registry: {{path: {folder}/registry}}
+model: {{path: {model}}}
+data: {{path: {folder}/images, holdout: 8}}
+similarity: {{timesteps: 6, images: 4, batch_size: 2, bootstrap: 5}}
+partition: {{experts: 2}}
+elastic: {{width_multiple: 32}}
+specialize: {{steps: 2, batch_size: 2, random_networks: 0, importance_images: 2}}
+router: {{images: 4, era_steps: 2, era_batch: 2}}
+budgets: [{{ratio: 0.5}}]
+sampler: {{steps: 4}}
+finetune: {{steps: 2, batch_size: 2}}
+evaluate: {{images: 2, samples: 2, timesteps: 2, batch_size: 2}}
+resources: {{device: cpu}}
+"""
 
 
 @dataclass
@@ -71,19 +62,9 @@ class Run:
     def found(self) -> dict:
         return json.loads(self.first.stdout)
 
-    def arguments(self, *more: str, **changed: object) -> list[str]:
-        settings = SETTINGS | {
-            "data.path": str(self.folder / "images"),
-            "storage.path": str(self.folder / "runs"),
-            "registry.path": str(self.registry),
-        }
-        settings |= {key.replace("__", "."): value for key, value in changed.items()}
-        overrides = [argument for key, value in settings.items() for argument in ("--set", f"{key}={json.dumps(value)}")]
-        return ["run", "quickstart", "--inline", "--json", *overrides, *more]
-
-    def again(self, *more: str, **changed: object) -> Result:
+    def again(self, *more: str) -> Result:
         """The same command in this process, perhaps with something changed."""
-        return diffpruning(*self.arguments(*more, **changed))
+        return diffpruning("run", self.folder / "job.yaml", "--inline", "--json", *more)
 
     def done(self, stage: str) -> dict:
         """The record of a stage under the settings of the first run, which is the oldest."""
@@ -119,16 +100,17 @@ def tree(*folders: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, emoji_images) -> Run:
+def run(tmp_path_factory, emoji, emoji_images) -> Run:
     folder = tmp_path_factory.mktemp("inline")
     (folder / "images").mkdir()
     rows = next(pq.ParquetFile(emoji_images).iter_batches(48, columns=["image"])).to_pylist()
     for i, row in enumerate(rows):
         Image.open(io.BytesIO(row["image"]["bytes"])).save(folder / "images" / f"{i:02d}.png")
-    made = Run(folder, subprocess.CompletedProcess([], 0))
-    made.first = in_a_new_process("from orchestrator.cli import main; main()", *made.arguments(), cwd=folder)
-    assert made.first.returncode == 0, made.first.stderr
-    return made
+    (folder / "job.yaml").write_text(JOB.format(folder=folder, model=emoji))
+    code = "from orchestrator.cli import main; main()"
+    first = in_a_new_process(code, "run", "job.yaml", "--inline", "--json", cwd=folder)
+    assert first.returncode == 0, first.stderr
+    return Run(folder, first)
 
 
 # --- the first run ----------------------------------------------------------------------------------------------------
@@ -145,7 +127,7 @@ def test_stdout_is_one_json_document_and_stderr_tells_the_six_stages(run):
 
 
 def test_the_command_writes_only_in_storage_and_registry(run):
-    assert {path.name for path in run.folder.iterdir()} == {"images", "runs", "registry"}
+    assert {path.name for path in run.folder.iterdir()} == {"job.yaml", "images", "runs", "registry"}
     assert {path.name for path in (run.folder / "runs").iterdir()} == {"small"}
 
 
@@ -310,14 +292,14 @@ def test_the_same_command_again_does_no_work_and_changes_nothing(run):
 
 
 def test_plan_says_what_the_run_has_left_to_do(run):
-    def states(**changed: object) -> list[str]:
-        arguments = [argument for argument in run.arguments(**changed)[1:] if argument != "--inline"]
-        return [stage["state"] for stage in json.loads(diffpruning("plan", *arguments).stdout)["stages"]]
+    def states(*changed: str) -> list[str]:
+        planned = diffpruning("plan", run.folder / "job.yaml", "--json", *changed)
+        return [stage["state"] for stage in json.loads(planned.stdout)["stages"]]
 
     before = tree(run.run, run.registry)
     assert states() == ["done"] * 6
-    assert states(finetune__steps=3) == ["done"] * 4 + ["stale"] * 2
-    assert states(data__flip=True) == ["done"] * 2 + ["stale"] * 4
+    assert states("--set", "finetune.steps=3") == ["done"] * 4 + ["stale"] * 2
+    assert states("--set", "data.flip=true") == ["done"] * 2 + ["stale"] * 4
     assert tree(run.run, run.registry) == before
 
 
@@ -350,7 +332,7 @@ def test_a_disk_that_is_full_when_publishing_leaves_the_registry_whole_and_the_s
 def test_another_budget_runs_route_finetune_and_publish_only(run):
     untouched = [run.run / path.name for stage in STAGES[:3] for path in run.run.glob(f"{stage}-????????")]
     before = tree(*untouched, run.registry)
-    done = run.again(budgets=[{"ratio": 0.7}], router__agents=["uniform"], finetune__compare_uniform=False)
+    done = run.again("--set", "budgets.0.ratio=0.7", "--set", "router.agents=[uniform]")
     assert done.exit_code == 0, done.output
     assert stage_lines(done.stderr) == [(stage, "already done") for stage in STAGES[:3]] + [
         (stage, state) for stage in STAGES[3:] for state in ("running", "finished")

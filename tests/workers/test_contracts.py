@@ -46,7 +46,7 @@ EXAMPLES: list[Record] = [
     contracts.RouteTask("model", "cache", (0, 1), PARTITION, ELASTIC, (EXPERT,) * 3, BUDGET, "era", 0, ROUTE, "cpu", 5, ("table.json",)),
     contracts.DenoiserRef("small", PLAN, (EXPERT,) * 3),
     contracts.EvaluateTask(
-        contracts.DenoiserRef("dense"), "model", "cache", (0,), (1, 2), PARTITION, ELASTIC, "ddim", 5, 2, (100, 500), 0, "cpu", "out.npz"
+        contracts.DenoiserRef("dense"), "model", "cache", (0,), (1, 2), PARTITION, "ddim", 5, 2, (100, 500), 0, "cpu", "out.npz"
     ),
     PROVENANCE,
     contracts.MixtureManifest("emoji", "unet2d", PLAN, {"fid": 3.5, "rows": [1, None]}, {"job": {}}, PROVENANCE, {"config.json": "c" * 64}),
