@@ -150,8 +150,8 @@ class Evaluate(Section):
     images: Count = Field(64, description="Held-out images for the denoising loss.")
     samples: int = Field(64, ge=1, description="Samples drawn from fixed noise, for the paired error against dense.")
     timesteps: Count = Field(10, description="Timesteps of the denoising loss, evenly spaced.")
-    batch_size: Count = Field(16, description="Images per forward pass; does not change a number.")
-    shards: Count = Field(1, description="Workers that share the evaluation of one model; does not change a number.")
+    batch_size: Count = Field(16, description="Images per forward pass; changes numbers by rounding only.")
+    shards: Count = Field(1, description="Workers that share the evaluation of one model; changes numbers by rounding only.")
 
 
 class ResourcesConfig(Section):

@@ -12,7 +12,7 @@ from orchestrator.pipeline import Pipeline
 from orchestrator.registry import Registry
 from orchestrator.stages import STAGES
 from orchestrator.store import RunStore
-from workers import data, diffusion, families, partition
+from workers import data, diffusion, families, partition, similarity
 from workers.contracts import InputError
 from workers.cost import CostTable, cost_table, require_reachable
 
@@ -42,14 +42,13 @@ def prepare(job: JobConfig) -> Prepared:
         raise InputError(f"model.family is {job.model.family}, but {job.model.path} holds a model of family {family}")
     scheduler = families.load_scheduler_config(model)
     schedule = diffusion.NoiseSchedule(scheduler)
-    families.check_weights(model)
+    families.check_files(model)
     _check_partition(job, schedule.num_timesteps)
     diffusion.sampler_timesteps(job.sampler.scheduler, scheduler, job.sampler.steps)
     _check_evaluate(job, schedule.num_timesteps)
     images_at = data.resolve(job.data.path)
     images = data.check(str(images_at), config["in_channels"], config["sample_size"], job.data.resize)
-    if job.data.holdout >= images:
-        raise InputError(f"data.holdout is {job.data.holdout}, but there are only {images} images in {job.data.path}: lower it")
+    _check_images(job, images)
     table = cost_table(config, job.elastic_settings())
     for i, budget in enumerate(job.budgets):
         require_reachable(table, budget.ratio, f"budgets.{i}.ratio")
@@ -100,6 +99,27 @@ def _check_evaluate(job: JobConfig, num_timesteps: int) -> None:
         raise InputError(
             f"evaluate.shards is {settings.shards}, but there are only {most} images or samples to share out "
             "(evaluate.images, evaluate.samples, data.holdout): lower it"
+        )
+
+
+def _check_images(job: JobConfig, images: int) -> None:
+    train, batch, workers = images - job.data.holdout, job.similarity.batch_size, job.resources.workers_per_expert
+    if train < 4:  # two to search plans on, two to score them
+        raise InputError(
+            f"data.holdout is {job.data.holdout}, but there are only {images} images in {job.data.path}: training needs at least 4 more"
+        )
+    if similarity.measure(job.similarity.measure).NEEDS_MODEL and min(train, job.similarity.images) <= batch:
+        raise InputError(
+            f"similarity.images is {min(train, job.similarity.images)} and similarity.batch_size {batch}: "
+            "the reliability of a similarity needs two minibatches or more"
+        )
+    for stage, settings in (("specialize", job.specialize), ("finetune", job.finetune)):
+        if settings.batch_size % workers:
+            raise InputError(f"{stage}.batch_size is {settings.batch_size}: make it a multiple of resources.workers_per_expert, {workers}")
+    if workers > 1 and job.resources.device != "cpu" and job.resources.gpus_per_worker % 1:
+        raise InputError(
+            f"resources.gpus_per_worker is {job.resources.gpus_per_worker:g}: "
+            f"an expert with {workers} workers needs whole GPUs, since no two of them can share one"
         )
 
 

@@ -84,6 +84,11 @@ def cut(ctx: Context) -> dict[str, Any]:
         scheduler_config=families.load_scheduler_config(job.model.path),
     )
     chosen = Partition.from_json(found["partition"])
+    reliability = float(np.median(matrix.reliability))
+    if reliability < 0.5:
+        ctx.say(
+            f"  note: two halves of the images agree little about the gradients (median cosine {reliability:.2f}): raise similarity.images"
+        )
     for boundary, frequency in zip(chosen.boundaries, found["boundary_frequency"], strict=True):
         if frequency < 0.7:
             ctx.say(
@@ -118,7 +123,7 @@ def specialize(ctx: Context) -> dict[str, Any]:
 
 
 def route(ctx: Context) -> dict[str, Any]:
-    """Every agent searches every budget; per budget the plan with the lowest loss on unseen calibration images is chosen."""
+    """Every agent searches every budget; per budget the plan with the lowest loss is chosen, on images no agent searched on."""
     job, settings = ctx.job, ctx.job.router
     images, train, _ = _images(ctx)
     experts = tuple(ExpertCheckpoint.from_json(e) for e in ctx.results["specialize"]["experts"])
@@ -312,6 +317,7 @@ def _unit(plan: MixturePlan, k: int) -> str:
 def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
     """Everything that is measured: dense; per budget the mixture, the uniform mixture, and the pretrained net cut uniformly."""
     experts = ctx.results["finetune"]["experts"]
+    elastic = tuple(ExpertCheckpoint.from_json(e) for e in ctx.results["specialize"]["experts"])
     denoisers = {"dense": DenoiserRef("dense")}
     for plan in _plans(ctx):
         refs = tuple(ExpertCheckpoint.from_json(experts[_unit(plan, k)]) for k in range(len(plan.experts)))
@@ -320,7 +326,7 @@ def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
     for i in range(len(ctx.job.budgets)):
         budget = ctx.job.budget(i).name
         uniform = _uniform(ctx, MixturePlan.from_json(ctx.results["route"]["chosen"][budget]))
-        denoisers[f"{budget} cut only"] = DenoiserRef(f"{budget} cut only", uniform)
+        denoisers[f"{budget} cut only"] = DenoiserRef(f"{budget} cut only", uniform, elastic, cut_only=True)
     return denoisers
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from workers.contracts import InputError
+from workers.files import replacing
 
 SCHEMA = 1
 
 
 def write_json(path: Path, value: Any) -> None:
     """Atomically: beside, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any | None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workers.contracts import InputError
+from workers.files import replacing
 
 SCHEMA = 1
 STATE, ABOUT = "state.safetensors", "checkpoint.json"
@@ -23,10 +24,8 @@ STATE, ABOUT = "state.safetensors", "checkpoint.json"
 def write(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write both files into an existing folder; the JSON last, so that a folder without it is not a checkpoint."""
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / STATE)
-    text = json.dumps({"schema": SCHEMA, **about}, indent=1)
-    temporary = folder / f"{ABOUT}.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, folder / ABOUT)
+    with replacing(folder / ABOUT) as path:
+        path.write_text(json.dumps({"schema": SCHEMA, **about}, indent=1))
 
 
 def read(folder: str | Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -388,11 +388,15 @@ class RouteTask(Record):
 
 @dataclass(frozen=True)
 class DenoiserRef(Record):
-    """A denoiser to evaluate. ``experts`` are small checkpoints; none: the plan is cut from the pretrained weights; no plan: dense."""
+    """A denoiser to evaluate: without a plan, the dense one; else the mixture of ``experts``, small fine-tuned checkpoints.
+
+    ``cut_only``: the plan is cut from the pretrained weights, untrained, in the channel order of the elastic ``experts``.
+    """
 
     label: str
     plan: MixturePlan | None = None
     experts: tuple[ExpertCheckpoint, ...] = ()
+    cut_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from workers.contracts import InputError, Interval, Partition, derive_seed
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
-    "dpmpp": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
     "dpmpp-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
+    "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
 }
 TRAINING_CLASSES = {cls for cls, _ in SAMPLERS.values()} | {"PNDMScheduler", "LMSDiscreteScheduler", "EulerAncestralDiscreteScheduler"}
 
@@ -28,7 +28,6 @@ def make_sampler(name: str, config: dict[str, Any]) -> Any:
     if name not in SAMPLERS:
         raise InputError(f"sampler.scheduler {name!r} is unknown: known are {', '.join(SAMPLERS)}")
     cls, extra = SAMPLERS[name]
-    # from_config would take a foreign thresholding or clip setting silently; the beta schedule and prediction type are what must agree.
     return getattr(diffusers, cls).from_config(config, **extra)
 
 
@@ -57,6 +56,8 @@ class NoiseSchedule:
         self.scheduler = diffusers.DDPMScheduler.from_config(config)
         self.num_timesteps: int = self.scheduler.config.num_train_timesteps
         self.prediction_type: str = self.scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise InputError(f"model.path: prediction_type {self.prediction_type!r} is not epsilon, sample or v_prediction")
 
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.scheduler.add_noise(clean, noise, timesteps)
@@ -67,9 +68,7 @@ class NoiseSchedule:
             return noise
         if self.prediction_type == "sample":
             return clean
-        if self.prediction_type == "v_prediction":
-            return self.scheduler.get_velocity(clean, noise, timesteps)
-        raise InputError(f"model.path: prediction_type {self.prediction_type!r} is not epsilon, sample or v_prediction")
+        return self.scheduler.get_velocity(clean, noise, timesteps)
 
     def log_snr(self, timesteps: Sequence[int]) -> np.ndarray:
         """log(abar / (1 - abar)) at the given timesteps; zero terminal SNR counts as abar = 2^-24, as in diffusers' samplers."""

@@ -205,8 +205,8 @@ def importance_order(
 ) -> dict[str, list[int]]:
     """Units of every branch, most important first.
 
-    ``taylor``: mean over minibatches of the squared first-order change of the loss when the unit is gated off (dL/dgate, the Fisher
-    information of the gate); ``losses()`` yields one loss per minibatch, computed inside this function's gates.
+    ``taylor``: mean over minibatches of the squared first-order change of the loss when the unit is gated off (dL/dgate);
+    ``losses()`` yields one loss per minibatch, computed inside this function's gates.
     ``magnitude``: L2 norm of the weights that read the unit; no data needed.
     """
     if measure == "magnitude":

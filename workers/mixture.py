@@ -67,6 +67,8 @@ class MixtureDenoiser(ModelMixin, ConfigMixin):
         """
         if not isinstance(timestep, Tensor) or timestep.dim() == 0 or len(timestep) == 1:
             output = self.experts[int(self.expert_index(timestep))](sample, timestep, **kwargs).sample
+        elif len(timestep) != len(sample):
+            raise InputError(f"{len(timestep)} timesteps do not fit {len(sample)} samples: give one, or one for each")
         else:
             index = self.expert_index(timestep)
             output = torch.empty(len(sample), self.out_channels, *sample.shape[2:], dtype=sample.dtype, device=sample.device)

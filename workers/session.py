@@ -42,10 +42,21 @@ class Session:
         yield checkpoint.latest(Path(self.folder))
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Make ``write(folder)``'s files the checkpoint of ``step``, all or nothing; the newest two are kept."""
+        """Make ``write(folder)``'s files the checkpoint of ``step``, all or nothing; rank 0 writes, and the newest two are kept."""
         from workers import checkpoint
 
-        checkpoint.save_step(Path(self.folder), step, write)
+        if self.rank == 0:
+            checkpoint.save_step(Path(self.folder), step, write)
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank: what a GPU computes may differ in its last bit from rank to rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed
+
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 class RayTaskSession(Session):

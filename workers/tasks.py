@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from workers.contracts import (
 from workers.cost import cost_table
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator, make_sampler, pixels, sampler_timesteps, steps_per_expert
 from workers.elastic import Branch, ElasticDenoiser, extract, importance_order, reorder
+from workers.files import replacing
 from workers.mixture import ANY_WIDTH, MixtureDenoiser
 from workers.session import Session
 from workers.training import fit, sandwich
@@ -57,22 +57,18 @@ def embed_timesteps(session: Session, item: SimilarityTask) -> str:
         images = data.ImageCache.open(item.images)
         starts = range(0, len(item.rows), item.batch_size)
         minibatches = [pixels(images.load(item.rows[i : i + item.batch_size]), session.device) for i in starts]
-    problem = similarity.SimilarityProblem(schedule, minibatches, model, item.buckets, item.seed)
-    unit = f"t{item.timesteps[0]:04d}-{item.timesteps[-1]:04d}"
-    parts: list[np.ndarray] = []
-    started = time.time()
-    for t in item.timesteps:
-        session.report(Progress("analyze", unit, len(parts), len(item.timesteps), seconds=time.time() - started))
-        parts.append(measure.embed(problem, [t]))
-    session.report(Progress("analyze", unit, len(parts), len(item.timesteps), seconds=time.time() - started))
-    _save_array(Path(item.out), np.concatenate(parts, axis=1))
+    unit, started, done = f"t{item.timesteps[0]:04d}-{item.timesteps[-1]:04d}", time.time(), 0
+
+    def on_timestep() -> None:
+        nonlocal done
+        done += 1
+        session.report(Progress("analyze", unit, done, len(item.timesteps), seconds=time.time() - started))
+
+    session.report(Progress("analyze", unit, 0, len(item.timesteps)))
+    problem = similarity.SimilarityProblem(schedule, minibatches, model, item.buckets, item.seed, on_timestep)
+    with replacing(Path(item.out)) as path:
+        np.save(path, measure.embed(problem, item.timesteps))
     return item.out
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, array)
-    os.replace(temporary, path)
 
 
 def compare_timesteps(session: Session, item: tuple[tuple[SimilarityTask, ...], int, str]) -> SimilarityMatrix:
@@ -80,7 +76,8 @@ def compare_timesteps(session: Session, item: tuple[tuple[SimilarityTask, ...], 
     items, num_timesteps, out = item
     embeddings = np.concatenate([np.load(part.out) for part in items], axis=1)
     gram = similarity.gram_of(embeddings)
-    _save_array(Path(out), gram)
+    with replacing(Path(out)) as path:
+        np.save(path, gram)
     grid = [t for part in items for t in part.timesteps]
     return similarity.similarity_of(gram, items[0].measure, grid, num_timesteps, len(items[0].rows))
 
@@ -140,6 +137,7 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
         saved = checkpoint.read(folder, prefix="no tensor")[1] if folder else None
     orders = saved["orders"] if saved else _importance(session, model, branches, schedule, item)
     if not saved:  # a resumed checkpoint holds weights that are already in order
+        orders = session.agree(orders)
         reorder(model, branches, orders)
     elastic = ElasticDenoiser(model, branches)  # in eval mode: distillation wants no dropout
     networks = sandwich(elastic.space, item.random_networks, item.seed)
@@ -159,7 +157,8 @@ def _importance(
     def losses() -> Iterator[Tensor]:
         for start in range(0, item.importance_images, size):
             gen = generator(session.device, item.seed, item.interval.start, "importance", start)
-            clean = pixels(images.load([item.rows[i % len(item.rows)] for i in range(start, start + size)]), session.device)
+            stop = min(start + size, item.importance_images)
+            clean = pixels(images.load([item.rows[i % len(item.rows)] for i in range(start, stop)]), session.device)
             t = draw_timesteps(item.interval, schedule.num_timesteps, len(clean), 0.0, gen)
             noise = torch.randn(clean.shape, generator=gen, device=clean.device)
             yield nn.functional.mse_loss(model(schedule.noised(clean, noise, t), t).sample, schedule.target(clean, noise, t))
@@ -216,9 +215,8 @@ def expert_sensitivity(session: Session, item: tuple[RouteTask, int, str]) -> st
     experts, search, _ = _calibration(_shared(task))
     table = routers.measure_sensitivity(experts[k], search[k])
     session.report(Progress("route", unit, 1, 1, seconds=time.time() - started))
-    temporary = Path(out).with_suffix(".tmp")
-    temporary.write_text(json.dumps(table))
-    os.replace(temporary, out)
+    with replacing(Path(out)) as path:
+        path.write_text(json.dumps(table))
     return out
 
 
@@ -235,8 +233,11 @@ def search_plan(session: Session, item: RouteTask) -> MixturePlan:
         {s: {int(c): v for c, v in row.items()} for s, row in json.loads(Path(path).read_text()).items()} for path in item.sensitivity
     ]
     problem = routers.RouteProblem(experts, table, shares, item.budget.ratio, search, score, tables)
-    rng = random.Random(derive_seed(item.search_seed, item.agent, item.budget.name))
-    specs = routers.check_plan(problem, routers.agent(item.agent).search(problem, item.settings, rng))
+    rng = random.Random(derive_seed(item.seed, item.search_seed, item.agent, item.budget.name))
+    specs = routers.agent(item.agent).search(problem, item.settings, rng)
+    # an expert that this sampler never calls costs and teaches nothing: it gets the uniform architecture, in case another sampler does
+    uniform = routers.agent("uniform").search(problem, item.settings, rng)
+    specs = routers.check_plan(problem, tuple(s if share else u for s, u, share in zip(specs, uniform, shares, strict=True)))
     costs = tuple(table.cost(spec) for spec in specs)
     seconds, loss = time.perf_counter() - started, problem.score(specs)
     session.report(Progress("route", unit, 1, 1, loss, seconds=seconds))
@@ -248,18 +249,22 @@ def search_plan(session: Session, item: RouteTask) -> MixturePlan:
 
 def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
     """The denoiser a reference points to: dense, a mixture of fine-tuned experts, or a mixture cut from the pretrained weights."""
-    dense = families.load_denoiser(model_path)
     if ref.plan is None:
-        return dense
+        return families.load_denoiser(model_path)
     config = families.load_config(model_path)
-    mixture = MixtureDenoiser.of(config, ref.plan.partition.boundaries, ref.plan.experts)
-    if ref.experts:
-        for expert, saved in zip(mixture.experts.children(), ref.experts, strict=True):
-            expert.load_state_dict(checkpoint.read(saved.path, prefix="ema.")[0])
-    else:
+    with torch.device("meta"):
+        mixture: Any = MixtureDenoiser.of(config, ref.plan.partition.boundaries, ref.plan.experts)
+    if not ref.cut_only:
+        for expert, saved in zip(mixture.experts, ref.experts, strict=True):
+            expert.load_state_dict(checkpoint.read(saved.path, prefix="ema.")[0], assign=True)
+        return mixture.eval()
+    experts = []
+    for spec, saved in zip(ref.plan.experts, ref.experts, strict=True):
+        dense = families.load_denoiser(model_path)
         branches = families.family_of_config(config).sites(dense, ANY_WIDTH)
-        reorder(dense, branches, importance_order(dense, branches, iter(()), "magnitude"))
-        mixture.experts = nn.ModuleList(extract(dense, branches, spec) for spec in ref.plan.experts)
+        reorder(dense, branches, checkpoint.read(saved.path, prefix="no tensor")[1]["orders"])
+        experts.append(extract(dense, branches, spec))
+    mixture.experts = nn.ModuleList(experts)
     return mixture.eval()
 
 
@@ -279,9 +284,8 @@ def evaluate_shard(session: Session, item: EvaluateTask) -> str:
         model, item.scheduler, config, item.steps, item.noise_seeds, images.shape, item.batch_size, session.device
     )
     session.report(Progress("publish", item.denoiser.label, 1, 1, seconds=time.time() - started))
-    temporary = Path(item.out).with_suffix(".tmp.npz")
-    np.savez(temporary, losses=np.concatenate(losses), samples=samples, seconds=np.array(seconds))
-    os.replace(temporary, item.out)
+    with replacing(Path(item.out)) as path:
+        np.savez(path, losses=np.concatenate(losses), samples=samples, seconds=np.array(seconds))
     return item.out
 
 
@@ -303,9 +307,8 @@ def summarise(session: Session, item: tuple[tuple[EvaluateTask, ...], str]) -> d
             **evaluate.paired_metrics(samples[label], samples["dense"]),
             **evaluate.time_per_step(load_reference(task.denoiser, task.model), task, session.device),
         }
-    temporary = Path(out).with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, out)
+    with replacing(Path(out)) as path:
+        np.savez(path, **arrays)
     return metrics
 
 

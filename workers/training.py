@@ -1,6 +1,6 @@
 """Train one expert: sandwich of sub-networks, distilled from the frozen dense model, on its own timesteps. Resumes bit for bit.
 
-Everything random in a step is derived from (seed, rank, step); the sub-networks from (seed, step), so all ranks train the same ones.
+Everything random in a step is derived from (seed, step) alone; ranks share the sub-networks and take turns at the rows of one batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -187,6 +188,7 @@ def fit(
     """
     started, settings = time.time(), task.train
     images = data.ImageCache.open(task.images)
+    AcceleratorState._reset_state()  # in one process (--inline) the last run may have had another precision
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=session.device == "cpu")
     device = accelerator.device
     teacher.to(device).requires_grad_(False)
@@ -223,13 +225,14 @@ def fit(
     while step < settings.steps:
         loss = trainer.step(step, *_batch(task, images, schedule, step, device, session), networks(step))
         step += 1
-        if step % every == 0 or step == settings.steps:
-            history.append([step, round(float(loss), 6)])
-            if not math.isfinite(history[-1][1]):
+        due = step % settings.checkpoint_every == 0 or step == settings.steps
+        if step % every == 0 or due:
+            history.append([step, round(float(accelerator.reduce(loss, reduction="mean")), 6)])
+            if not math.isfinite(history[-1][1]):  # before it is saved: a checkpoint must be worth resuming
                 raise RunFailed(
                     f"{task.stage} {task.interval.name}: the loss is {history[-1][1]} at step {step}: lower {task.stage}.learning_rate"
                 )
-        if step % settings.checkpoint_every == 0 or step == settings.steps:
+        if due:
             save(step)
         if time.time() - told > 0.5 or step == settings.steps:
             report(step)
@@ -240,12 +243,14 @@ def fit(
 def _batch(
     task: ExpertTask, images: data.ImageCache, schedule: NoiseSchedule, step: int, device: torch.device, session: Session
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's clean images, timesteps and noise of one step."""
-    positions = data.order(len(task.rows), task.train.batch_size, step, task.seed)[session.rank :: session.world_size]
-    gen = generator(device, task.seed, task.interval.start, "train", session.rank, step)
-    clean = pixels(images.load([task.rows[p] for p in positions]), device)
+    """This rank's clean images, timesteps and noise of one step: its rows of the whole batch, which is the same for any number of ranks."""
+    size, mine = task.train.batch_size, slice(session.rank, None, session.world_size)
+    positions = data.order(len(task.rows), size, step, task.seed)
+    gen = generator(device, task.seed, task.interval.start, "train", step)
+    flip = torch.rand(size, 1, 1, 1, generator=gen, device=device) < 0.5
+    timesteps = draw_timesteps(task.interval, schedule.num_timesteps, size, task.train.outside_fraction, gen)
+    noise = torch.randn(size, *images.shape, generator=gen, device=device)
+    clean = pixels(images.load([task.rows[p] for p in positions[mine]]), device)
     if task.flip:
-        flip = torch.rand(len(clean), 1, 1, 1, generator=gen, device=device) < 0.5
-        clean = torch.where(flip, clean.flip(-1), clean)
-    timesteps = draw_timesteps(task.interval, schedule.num_timesteps, len(clean), task.train.outside_fraction, gen)
-    return clean, timesteps, torch.randn(clean.shape, generator=gen, device=device)
+        clean = torch.where(flip[mine], clean.flip(-1), clean)
+    return clean, timesteps[mine], noise[mine]

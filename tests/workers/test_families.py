@@ -437,5 +437,5 @@ def test_a_pipeline_without_a_scheduler_is_named(pipeline):
 
 
 def test_an_unknown_family_is_named():
-    with pytest.raises(InputError, match="unknown model family 'attic': known are .*unet2d"):
+    with pytest.raises(InputError, match="model.family 'attic' is unknown: known are .*unet2d"):
         families.family("attic")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from workers import families, routers
-from workers.contracts import BudgetUnreachable, ElasticSettings, ElasticSite, InputError, RouteSettings
+from workers.contracts import BudgetUnreachable, ElasticSettings, ElasticSite, InputError, RouteSettings, RunFailed
 from workers.cost import cost_table
 from workers.elastic import ElasticDenoiser
 from workers.routers import CalibrationBatch, RouteProblem, Specs, era, greedy, measure_sensitivity, uniform
@@ -148,7 +148,7 @@ def test_an_unknown_agent_is_refused():
 
 
 def test_a_plan_over_the_budget_is_no_plan(roomy):
-    with pytest.raises(InputError, match=r"costs 1\.0000 of dense, the budget is 0\.5"):
+    with pytest.raises(RunFailed, match=r"costs 1\.0000 of dense, the budget is 0\.5"):
         routers.check_plan(with_ratio(roomy, 0.5), (roomy.space.dense,) * 2)
 
 

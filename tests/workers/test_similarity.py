@@ -125,7 +125,7 @@ def test_all_timesteps_of_a_minibatch_share_their_noise(problem):
     recorder = Recorder()
     similarity.measure("gradient").embed(dataclasses.replace(problem, model=recorder), TIMESTEPS)
     abar = problem.schedule.scheduler.alphas_cumprod[TIMESTEPS]
-    seen = torch.stack(recorder.seen).unflatten(0, (len(problem.minibatches), len(TIMESTEPS)))
+    seen = torch.stack(recorder.seen).unflatten(0, (len(TIMESTEPS), len(problem.minibatches))).transpose(0, 1)
     clean = torch.stack(list(problem.minibatches))[:, None]
     weight = abar.view(1, -1, 1, 1, 1, 1)
     noise = (seen - weight.sqrt() * clean) / (1 - weight).sqrt()

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,21 +72,77 @@ def test_six_steps_equal_three_and_resume_and_three(task, tmp_path):
     whole = tasks.train_expert(Session(folder=str(tmp_path / "whole")), task)
     with pytest.raises(Killed):
         tasks.train_expert(DiesAfter(folder=str(tmp_path / "halves")), task)
-    halves = tasks.train_expert(Session(folder=str(tmp_path / "halves")), task)
+    told = []
+    halves = tasks.train_expert(Session(folder=str(tmp_path / "halves"), on_progress=told.append), task)
+    assert told[0].first_step == 3, "it started over, and would have been equal anyway"
     one, two = load_file(f"{whole.path}/state.safetensors"), load_file(f"{halves.path}/state.safetensors")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert whole.loss == halves.loss
 
 
-def test_a_finished_run_trains_no_further(task, tmp_path):
+def test_a_finished_run_trains_no_further(task, tmp_path, monkeypatch):
     session = Session(folder=str(tmp_path))
     first = tasks.train_expert(session, task)
-    before = load_file(f"{first.path}/state.safetensors")
+
+    def no_step(*_: object) -> None:
+        raise AssertionError("a finished run took another step")
+
+    monkeypatch.setattr(training.Trainer, "step", no_step)
     again = tasks.train_expert(session, task)
-    after = load_file(f"{again.path}/state.safetensors")
-    assert again.step == first.step
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (again.step, again.loss, again.path) == (first.step, first.loss, first.path)
+
+
+RANK = """
+import json, os, sys
+import torch, torch.distributed
+from workers import tasks
+from workers.contracts import ExpertTask
+from workers.session import Session
+torch.set_num_threads(1)
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+task = ExpertTask.from_json(json.load(open(sys.argv[2])))
+steps = []
+session = Session(folder=folder, rank=rank, world_size=2, on_progress=steps.append)
+tasks.train_expert(session, task)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_workers_train_what_one_trains_with_the_joined_batch(task, tmp_path):
+    one = tasks.train_expert(Session(folder=str(tmp_path / "one")), task)
+    (tmp_path / "task.json").write_text(json.dumps(task.to_json()))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "two"), str(tmp_path / "task.json")],
+            env={
+                **os.environ,
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    for rank in ranks:
+        _, err = rank.communicate(timeout=120)
+        assert rank.returncode == 0, err
+    a, b = load_file(f"{one.path}/state.safetensors"), load_file(f"{tmp_path}/two/step_0000006/state.safetensors")
+    weights = [name for name in a if name.startswith(("model.", "ema."))]
+    start = families.load_denoiser(task.model).state_dict()
+    moved = max(float((a[f"model.{name}"] - tensor).abs().max()) for name, tensor in start.items())
+    apart = max(float((a[name] - b[name]).abs().max()) for name in weights)
+    assert apart < 0.02 * moved, f"one and two workers are {apart} apart, training moved {moved}"
 
 
 def test_a_finetuned_expert_is_small_and_its_loss_falls(task, tmp_path):

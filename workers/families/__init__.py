@@ -12,16 +12,14 @@ A family module defines
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib
 import json
-import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from workers import extension, names_in
 from workers.contracts import InputError
 
 if TYPE_CHECKING:
@@ -29,15 +27,12 @@ if TYPE_CHECKING:
 
 
 def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return names_in("families")
 
 
-@functools.cache
 def family(name: str) -> ModuleType:
     """Raises: InputError for a name that is no file of this folder."""
-    if name not in names():
-        raise InputError(f"unknown model family {name!r}: known are {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return extension("families", name, "model.family")
 
 
 def locate(path: str) -> Path:
@@ -132,10 +127,16 @@ def load_denoiser(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
-def check_weights(folder: str | Path) -> None:
-    """See that the weight files are there and whole, by their headers alone. Raises: InputError."""
+def check_files(folder: str | Path) -> None:
+    """See that the pipeline works in pixels and that its weight files are whole, by their headers alone. Raises: InputError."""
     from safetensors import SafetensorError, safe_open
 
+    index = Path(folder) / "model_index.json"
+    first_stage = [name for name in ("vae", "vqvae") if index.is_file() and name in _read_json(index)]
+    if first_stage:
+        raise InputError(
+            f"model.path: {folder} is a latent diffusion pipeline ({first_stage[0]}), which is not supported yet: give a pixel-space one"
+        )
     where = _denoiser_folder(Path(folder))
     files = sorted(where.glob("*.safetensors"))
     if not files:

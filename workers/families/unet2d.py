@@ -27,6 +27,11 @@ def build(config: dict[str, Any]) -> nn.Module:
 def check(config: dict[str, Any]) -> None:
     if config.get("num_class_embeds") or config.get("class_embed_type"):
         raise InputError("model.path: this UNet2DModel takes class labels, which are not supported yet")
+    if config.get("in_channels") != config.get("out_channels"):
+        raise InputError(
+            f"model.path: {config.get('out_channels')} output channels for {config.get('in_channels')} input channels: "
+            "models that learn their variance are not supported"
+        )
     if isinstance(config.get("sample_size"), (list, tuple)) or not config.get("sample_size"):
         raise InputError(f"model.path: sample_size {config.get('sample_size')} is not one number: only square samples are supported")
 

@@ -7,9 +7,6 @@ Legend: K experts, S sites, loss = schedule-weighted mean of the experts' normal
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -18,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.contracts import ArchitectureSpec, InputError, SearchSpace
+from workers import extension, names_in
+from workers.contracts import ArchitectureSpec, RunFailed, SearchSpace
 from workers.cost import CostTable, require_reachable, weighted
 from workers.elastic import ElasticDenoiser, gated
 
@@ -28,15 +26,12 @@ Sensitivity = Mapping[str, Mapping[int, float]]
 
 
 def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return names_in("routers")
 
 
-@functools.cache
 def agent(name: str) -> ModuleType:
     """Raises: InputError for a name that is no file of this folder."""
-    if name not in names():
-        raise InputError(f"router.agents {name!r} is unknown: known are {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return extension("routers", name, "router.agents")
 
 
 @dataclass(frozen=True)
@@ -137,5 +132,7 @@ def check_plan(problem: RouteProblem, specs: Specs) -> Specs:
     for spec in specs:
         problem.space.check(spec)
     if not problem.within_budget(specs):
-        raise InputError(f"the plan costs {problem.cost_ratio(specs):.4f} of dense, the budget is {problem.ratio:g}")
+        raise RunFailed(
+            f"the agent broke its contract: its plan costs {problem.cost_ratio(specs):.4f} of dense, the budget is {problem.ratio:g}"
+        )
     return specs

@@ -8,17 +8,15 @@ Legend: B minibatches, T' grid timesteps, D embedding size, R bootstrap replicat
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from workers.contracts import InputError, SimilarityMatrix
+from workers import extension, names_in
+from workers.contracts import SimilarityMatrix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,22 +33,27 @@ class SimilarityProblem:
     model: nn.Module | None
     buckets: int
     seed: int
+    on_timestep: Callable[[], None] = lambda: None
+    """Called after each timestep, for progress."""
 
 
 def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return names_in("similarity")
 
 
-@functools.cache
 def measure(name: str) -> ModuleType:
     """Raises: InputError for a name that is no file of this folder."""
-    if name not in names():
-        raise InputError(f"similarity.measure {name!r} is unknown: known are {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return extension("similarity", name, "similarity.measure")
+
+
+MOST_FOLDS = 32
+"""Minibatches beyond this many are averaged into folds, so that the inner products stay small whatever the number of images."""
 
 
 def gram_of(embeddings: np.ndarray) -> np.ndarray:
-    """Inner products of all rows of embeddings [B, T', D] -> [B, T', B, T']: all that the statistics below need."""
+    """Inner products of all rows of embeddings [B, T', D] -> [B, T', B, T'] with B <= MOST_FOLDS: all that the statistics below need."""
+    if len(embeddings) > MOST_FOLDS:
+        embeddings = np.stack([fold.mean(0) for fold in np.array_split(embeddings, MOST_FOLDS)])
     batches, points, size = embeddings.shape
     flat = embeddings.reshape(batches * points, size).astype(np.float32)
     return (flat @ flat.T).reshape(batches, points, batches, points)
@@ -58,6 +61,7 @@ def gram_of(embeddings: np.ndarray) -> np.ndarray:
 
 def cosine(gram: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Cosine matrix [T', T'] between two weighted means over minibatches; ``left`` and ``right`` are weights [B]."""
+    left, right = left.astype(gram.dtype), right.astype(gram.dtype)
     inner = np.einsum("a,aibj,b->ij", left, gram, right, optimize=True).astype(np.float64)
     norm_left = np.sqrt(np.maximum(np.einsum("a,aibi,b->i", left, gram, left, optimize=True), 1e-30))
     norm_right = np.sqrt(np.maximum(np.einsum("a,aibi,b->i", right, gram, right, optimize=True), 1e-30))

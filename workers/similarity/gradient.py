@@ -52,13 +52,14 @@ def embed(problem: SimilarityProblem, timesteps: Sequence[int]) -> np.ndarray:
     assert model is not None
     sketch = CountSketch(model, problem.buckets, problem.seed)
     out = np.empty((len(problem.minibatches), len(timesteps), problem.buckets), np.float32)
-    for b, clean in enumerate(problem.minibatches):
-        noise = torch.randn(clean.shape, generator=generator(clean.device, problem.seed, "similarity", b), device=clean.device)
-        for i, t in enumerate(timesteps):
+    for i, t in enumerate(timesteps):
+        for b, clean in enumerate(problem.minibatches):
+            noise = torch.randn(clean.shape, generator=generator(clean.device, problem.seed, "similarity", b), device=clean.device)
             at = torch.full((len(clean),), t, device=clean.device)
             model.zero_grad(set_to_none=True)
             predicted = model(schedule.noised(clean, noise, at), at).sample
             F.mse_loss(predicted, schedule.target(clean, noise, at)).backward()
             out[b, i] = sketch().cpu().numpy()
+        problem.on_timestep()
     model.zero_grad(set_to_none=True)
     return out
