@@ -49,7 +49,7 @@ class Command(click.Group):
         except OSError as error:
             from orchestrator.store import storage_error
 
-            told = storage_error(error, Path.cwd())
+            told = storage_error(error)
             if told is None:
                 raise
             click.echo(f"error: {told}", err=True)
@@ -143,23 +143,23 @@ def run(job: str, overrides: tuple[str, ...], only: str | None, redo: tuple[str,
     signal.signal(signal.SIGTERM, _as_interrupt)
     prepared = planning.prepare(config)
     prepared.pipeline.select(only, prepared.pipeline.after(redo))  # refuses before anything is written
-    prepared.store.claim(planning.owner(prepared.job))
+    prepared.store.claim(planning.owner(prepared.job, prepared.pipeline.identity))
     clusters: list[Any] = []
-    with prepared.store.lock(), ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json") as view:
+    view = ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json", prepared.pipeline.fingerprints)
+    with prepared.store.lock(), view:
 
         def cluster() -> Any:
             clusters.append(_cluster(prepared.job, view, inline, prepared.store.folder / "ray.log"))
             return clusters[-1]
 
         try:
-            before = prepared.pipeline.states()
             results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage)
         finally:
             for used in clusters:
                 with contextlib.suppress(Exception):
                     used.close()
         page = prepared.store.folder / "report.html"
-        if "publish" in results and (before["publish"] != "done" or redo or not page.exists()):
+        if "publish" in results and not report.is_current(prepared):
             page = report.build(prepared)
     published = results.get("publish", {}).get("published", {})
     found = {"run_folder": str(prepared.store.folder), "report": str(page) if page.exists() else None, "published": published}
@@ -223,14 +223,16 @@ def status(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @main.command(name="report")
 @click.argument("job")
 @set_option
-def report_command(job: str, overrides: tuple[str, ...]) -> None:
+@json_option
+def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Write the report of a finished job again, and print its path."""
     from orchestrator.config import load_job
 
     config = load_job(job, overrides)
     from orchestrator import planning, report
 
-    click.echo(report.build(planning.prepare(config)))
+    page = str(report.build(planning.prepare(config)))
+    _print({"report": page}, as_json, lambda: page)
 
 
 @main.command()
@@ -242,7 +244,10 @@ def report_command(job: str, overrides: tuple[str, ...]) -> None:
 @click.option("--count", default=16, show_default=True, type=click.IntRange(1, 4096), help="Images to draw.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="PNG file: a grid of all images.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; auto: cuda if there is one.")
-def sample(model: str, registry: str, steps: int | None, scheduler: str | None, seed: int, count: int, out: Path, device: str) -> None:
+@json_option
+def sample(
+    model: str, registry: str, steps: int | None, scheduler: str | None, seed: int, count: int, out: Path, device: str, as_json: bool
+) -> None:
     """Draw images from a published mixture."""
     from orchestrator.registry import Registry
 
@@ -258,7 +263,7 @@ def sample(model: str, registry: str, steps: int | None, scheduler: str | None, 
     from workers.evaluate import write_sample_grid
 
     write_sample_grid(str(version.path), scheduler or budget.scheduler, steps or budget.steps, range(seed, seed + count), out, device)
-    click.echo(str(out))
+    _print({"version": version.reference, "out": str(out.resolve())}, as_json, lambda: str(out))
 
 
 @main.command()

@@ -91,7 +91,7 @@ class Training(Section):
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the weight average that is kept; warms up with the step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="Autocast of the training step.")
-    checkpoint_every: Count = Field(500, description="Steps between checkpoints; the most that a crash can cost.")
+    checkpoint_every: Count = Field(500, description="Steps between checkpoints; a crash costs at most about that many.")
     outside_fraction: Fraction = Field(0.2, description="Part of the timesteps drawn from just outside the interval.")
     output_weight: float = Field(1.0, ge=0, description="Weight of output distillation from the dense model.")
     feature_weight: float = Field(0.5, ge=0, description="Weight of block-feature distillation.")

@@ -24,7 +24,11 @@ class Stage:
     run: Callable[[Context], dict[str, Any]]
     needs: tuple[str, ...]
     reads: tuple[str, ...]
+    ignores: tuple[str, ...] = ()
+    """Keys within ``reads`` that change how the stage works and not what it finds."""
     version: int = 1
+    holds: Callable[[dict[str, Any]], bool] = lambda result: True
+    """Whether what the stage left outside the run folder is still there."""
 
 
 @dataclass
@@ -59,21 +63,26 @@ class Pipeline:
     def __post_init__(self) -> None:
         self.fingerprints = {}
         for stage in self.stages:
-            values = {key: self._value(key) for key in stage.reads}
+            values = {key: self._value(key, stage.ignores) for key in stage.reads}
             needs = [self.fingerprints[name] for name in stage.needs]
             self.fingerprints[stage.name] = digest_of([stage.name, stage.version, values, needs])
 
-    def _value(self, key: str) -> Any:
+    def _value(self, key: str, ignores: Sequence[str]) -> Any:
         if key in self.identity:
             return self.identity[key]
         here: Any = self.settings
         for part in key.split("."):
             here = here[part]
-        return here
+        return {name: value for name, value in here.items() if f"{key}.{name}" not in ignores} if isinstance(here, dict) else here
 
     def states(self) -> dict[str, str]:
         """Stage -> done, partial, stale or new. A stage whose predecessor is not done cannot be done: its fingerprint would differ."""
-        return {stage.name: self.store.state(stage.name, self.fingerprints[stage.name]) for stage in self.stages}
+        found = {stage.name: self.store.state(stage.name, self.fingerprints[stage.name]) for stage in self.stages}
+        return found | {stage.name: "partial" for stage in self.stages if found[stage.name] == "done" and self._done(stage) is None}
+
+    def _done(self, stage: Stage) -> dict[str, Any] | None:
+        record = self.store.done(stage.name, self.fingerprints[stage.name])
+        return record if record is not None and stage.holds(record["result"]) else None
 
     def after(self, names: Sequence[str]) -> list[str]:
         """The named stages and every stage that builds on one of them, in order."""
@@ -106,12 +115,14 @@ class Pipeline:
         """Run what is not done; returns every finished stage's result. ``cluster`` is called when the first stage needs it."""
         redone = self.after(redo)
         chosen, started_cluster = self.select(only, redone), None
+        if redone:
+            started_cluster = cluster()  # before anything moves: a job that does not fit must cost nothing
         for name in redone:
             self.store.set_aside(name, self.fingerprints[name])
         results: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
             fingerprint = self.fingerprints[stage.name]
-            record = self.store.done(stage.name, fingerprint)
+            record = self._done(stage)
             if record is None and stage in chosen:
                 folder = self.store.stage_folder(stage.name, fingerprint)
                 started_cluster = started_cluster or cluster()

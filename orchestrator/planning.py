@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,19 @@ def prepare(job: JobConfig) -> Prepared:
             "registry": job.registry.model_copy(update={"path": _absolute(job.registry.path)}),
         }
     )
-    store.check_owner(owner(job))
     identity = {"model": families.model_digest(model), "data.path": data.identity(str(images_at))}
+    store.check_owner(owner(job, identity))
     pipeline = Pipeline(STAGES, job.model_dump(mode="json"), identity, store)
     return Prepared(job, store, pipeline, table, images)
 
 
-def owner(job: JobConfig) -> dict[str, str]:
-    """Whose run folder it is."""
-    return {"name": job.name, "model.path": job.model.path, "data.path": job.data.path}
+def owner(job: JobConfig, identity: Mapping[str, str]) -> dict[str, Any]:
+    """Whose run folder it is: a model and its images, known by where they lie or by what they are."""
+    return {
+        "name": job.name,
+        "model.path": [job.model.path, identity["model"]],
+        "data.path": [job.data.path, identity["data.path"]],
+    }
 
 
 def _absolute(uri: str) -> str:
@@ -129,6 +134,7 @@ def _check_space(job: JobConfig, folder: Path, table: CostTable) -> None:
     experts = _experts(job)
     runs = experts * (1 + len(job.budgets) * (2 if job.finetune.compare_uniform else 1))
     needed = 2 * BYTES_FREE_PER_PARAMETER * table.dense.params * runs
+    needed -= sum(path.stat().st_size for path in folder.glob("train/**/*") if path.is_file())  # what a resumed job has written
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(
@@ -157,15 +163,17 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     small = sum(budget.ratio for budget in job.budgets)
     copies = 2 if job.finetune.compare_uniform else 1
     train, tune = job.specialize, job.finetune
-    gradient = job.similarity.timesteps * min(job.similarity.images, prepared.images) * 3 if job.similarity.measure != "snr" else 0
+    needs_model = similarity.measure(job.similarity.measure).NEEDS_MODEL
+    gradient = job.similarity.timesteps * min(job.similarity.images, prepared.images) * 3 if needs_model else 0
     choices = sum(min(4, len(site.choices) - 1) for site in table.space.sites)
     agents = len({"uniform", *job.router.agents}) * len(job.router.seeds) * len(job.budgets)
+    era = ("era" in job.router.agents) * len(job.router.seeds) * len(job.budgets)
     # forward passes of one image of the dense model; a backward pass counts two
     passes = {
         "analyze": gradient,
         "partition": 0,
         "specialize": experts * train.steps * train.batch_size * (1 + 3 * (1.3 + 0.6 * train.random_networks)),
-        "route": experts * (choices * job.router.images / 2 + agents * job.router.era_steps * job.router.era_batch),
+        "route": experts * (choices * job.router.images / 2 + era * job.router.era_steps * job.router.era_batch),
         "finetune": copies * experts * tune.steps * tune.batch_size * (len(job.budgets) + 3 * small),
         "publish": (1 + small * (copies + 1)) * (job.evaluate.images * job.evaluate.timesteps + job.evaluate.samples * job.sampler.steps),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from orchestrator.store import write_json
 from workers.contracts import Progress
 
 PLAIN_EVERY_S = 10.0
+BEAT_S = 5.0
 
 
 def duration(seconds: float) -> str:
@@ -45,8 +47,10 @@ def line(event: Progress) -> str:
 class ProgressView:
     """Use as a context manager. ``update`` may be called from any thread."""
 
-    def __init__(self, console: Console, file: Path | None):
-        self.console, self.file = console, file
+    def __init__(self, console: Console, file: Path | None, fingerprints: Mapping[str, str] | None = None):
+        """``fingerprints`` of the job's stages go into the file, so that a reader knows which folders are this job's."""
+        self.console, self.file, self.fingerprints = console, file, dict(fingerprints or {})
+        self._over, self._writing = threading.Event(), threading.Lock()
         self.stage: str | None = None
         self.units: dict[str, Progress] = {}
         self._told: dict[str, float] = {}
@@ -59,12 +63,20 @@ class ProgressView:
     def __enter__(self) -> ProgressView:
         if self._live:
             self._live.start()
+        threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._live:
             self._live.stop()
+        self._over.set()
+        self.stage = None
         self._write(force=True)
+
+    def _beat(self) -> None:
+        """Some work is silent for minutes; the file still says that the run is alive."""
+        while not self._over.wait(BEAT_S):
+            self._write(force=True)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -94,8 +106,9 @@ class ProgressView:
             return
         self._written = time.monotonic()
         with self._lock:
-            value = {"stage": self.stage, "units": [event.to_json() for event in self.units.values()], "at": time.time()}
-        with contextlib.suppress(OSError):  # a full disk is told by whoever needs it; progress is not worth a crash
+            units = [event.to_json() for event in self.units.values()]
+            value = {"stage": self.stage, "units": units, "at": time.time(), "fingerprints": self.fingerprints}
+        with self._writing, contextlib.suppress(OSError):  # a full disk is told by whoever needs it; progress is not worth a crash
             write_json(self.file, value)
 
     def _table(self) -> Table:

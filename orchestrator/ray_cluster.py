@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 # Read by Ray at import. One poll of a trainer's controller costs its reports up to this long; the default is 2 s.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -55,9 +57,11 @@ class RayCluster:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
         self._own = not ray.is_initialized()
         on_term = signal.getsignal(signal.SIGTERM)
-        with self._quiet():
-            self._connect(local_cpus)
-        signal.signal(signal.SIGTERM, on_term)  # Ray's core puts its own in place, which aborts
+        try:
+            with self._quiet():
+                self._connect(local_cpus)
+        finally:
+            signal.signal(signal.SIGTERM, on_term)  # Ray's core puts its own in place, which aborts
         try:
             if device == "auto":
                 device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
@@ -71,15 +75,20 @@ class RayCluster:
     def _connect(self, local_cpus: int | None) -> None:
         if not self._own:
             return
-        options: dict[str, Any] = {"namespace": "diffpruning", "log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**options)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address := os.environ.get("RAY_ADDRESS"):
+            _require_reachable(address)
+            try:
+                ray.init(**options)
+            except (ConnectionError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"RAY_ADDRESS {address}: {reason}; a cluster that asks for a token needs RAY_AUTH_MODE=token") from error
             return
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only, and ends with this process
         # The dashboard is needed even when nobody looks: the trainers' clean-up asks its State API.
         ray.init(
             address="local",
-            num_cpus=local_cpus,
+            num_cpus=None if local_cpus is None else min(local_cpus, os.cpu_count() or 1),
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             object_store_memory=256 * 2**20,
@@ -131,11 +140,13 @@ class RayCluster:
         running = [remote.remote(task, self.need.device, item) for item in items]
         try:
             return ray.get(running)
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayError as error:
             for reference in running:
                 ray.cancel(reference)
-            # the worker's own exception: Ray's double of it says a whole traceback where the user needs one line, and no errno
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+                # the worker's own exception: Ray's double of it says a whole traceback where the user needs one line, and no errno
+                raise error.cause from None
+            raise RunFailed(f"a worker was lost: {' '.join(str(error).split())[:300]}; the same command again continues") from error
 
     def fit_all(
         self, task: Task, jobs: Mapping[str, Any], storage: Path, on_done: Callable[[str, ExpertCheckpoint], None]
@@ -193,7 +204,7 @@ class RayCluster:
             {"CPU": self.need.cpus} | ({"GPU": self.need.gpus} if self.need.gpus else {}),
         )
         with self._quiet():
-            if tune.Tuner.can_restore(folder):
+            if tune.Tuner.can_restore(folder) and list(Path(folder).glob("experiment_state-*.json")):
                 tuner = tune.Tuner.restore(folder, trainable=trainable, resume_unfinished=True, resume_errored=True)
             else:
                 tuner = tune.Tuner(
@@ -220,6 +231,19 @@ class RayCluster:
             with self._quiet():
                 ray.shutdown()
         self._log.close()
+
+
+def _require_reachable(address: str) -> None:
+    """Raises: InputError within seconds if nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        return  # "auto" or "local"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise InputError(
+            f"RAY_ADDRESS is {address}, but nothing answers there ({error.strerror or error}): start the cluster or unset it"
+        ) from None
 
 
 class _Log:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 import numpy as np
 
-from orchestrator import figures
+from orchestrator import __version__, figures
 from orchestrator.figures import RELIABLE, RETURNED, Measured, Points, Trainer, both, dropped, percent, sig, span
 from orchestrator.store import read_json
 from workers.contracts import ExpertCheckpoint, InputError, Interval, MixturePlan, Partition, SimilarityMatrix
@@ -320,16 +320,12 @@ def trainers(e: Evidence) -> dict[str, list[Trainer]]:
 
 
 def history(expert: ExpertCheckpoint, run_folder: Path) -> Points | None:
-    """[(step, loss)] from the checkpoint's description, also in a run folder that was moved; None if it cannot be read."""
-    recorded = Path(expert.path)
-    for folder in (recorded, run_folder / "train" / recorded.parent.name / recorded.name):
-        try:
-            points = [(int(step), float(loss)) for step, loss in (read_json(folder / "checkpoint.json") or {})["history"]]
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-        if points:
-            return points
-    return None
+    """[(step, loss)] from the checkpoint's description; None if it cannot be read."""
+    try:
+        about = read_json(run_folder / expert.path / "checkpoint.json") or {}
+        return [(int(step), float(loss)) for step, loss in about["history"]] or None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def curves(e: Evidence) -> tuple[dict[str, dict[Interval, Points]], list[str]]:
@@ -375,6 +371,12 @@ def _scheduler_class(version: str) -> str | None:
     return None
 
 
+def is_current(prepared: Prepared) -> bool:
+    """Whether the run folder's page tells of exactly this job's results: settings may have changed and changed back."""
+    page = prepared.store.folder / "report.html"
+    return page.exists() and f'content="{prepared.pipeline.fingerprints["publish"]}"' in page.read_text()
+
+
 def build(prepared: Prepared) -> Path:
     """Write ``figures/*.png`` and the self-contained ``report.html`` into the run folder. Raises: InputError if the run is not finished."""
     e = gather(prepared)
@@ -394,7 +396,8 @@ def build(prepared: Prepared) -> Path:
         overlaps=[figures.overlap(stage, group) for stage, group in trainers(e).items()],
         missing=curves(e)[1],
         published=[(plan, published[plan.budget.name], _scheduler_class(published[plan.budget.name]["path"])) for plan in e.chosen],
-        versions={name: version(name) for name in ("diffpruning", "torch", "diffusers", "ray", "numpy")},
+        fingerprint=prepared.pipeline.fingerprints["publish"],
+        versions={"diffpruning": __version__, **{name: version(name) for name in ("torch", "diffusers", "numpy")}},
         median_reliability=median(e.matrix.reliability),
         reliable=RELIABLE,
         images={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in drawn.items()},

@@ -19,7 +19,7 @@ import numpy as np
 from orchestrator import __version__
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry
-from orchestrator.store import write_json
+from orchestrator.store import read_json, write_json
 from workers import data, families, partition, tasks
 from workers.contracts import (
     DenoiserRef,
@@ -119,14 +119,14 @@ def specialize(ctx: Context) -> dict[str, Any]:
         for interval in _partition(ctx).intervals
     }
     experts = _fit_all(ctx, "specialize", jobs)
-    return {"experts": [expert.to_json() for expert in experts.values()]}
+    return {"experts": list(experts.values())}
 
 
 def route(ctx: Context) -> dict[str, Any]:
     """Every agent searches every budget; per budget the plan with the lowest loss is chosen, on images no agent searched on."""
     job, settings = ctx.job, ctx.job.router
     images, train, _ = _images(ctx)
-    experts = tuple(ExpertCheckpoint.from_json(e) for e in ctx.results["specialize"]["experts"])
+    experts = tuple(_located(ctx, e) for e in ctx.results["specialize"]["experts"])
     item = RouteTask(
         model=job.model.path,
         images=images,
@@ -167,7 +167,7 @@ def finetune(ctx: Context) -> dict[str, Any]:
     """Extract each chosen sub-network as a plain small denoiser and train it on its interval; uniform ones too, to compare."""
     job, settings = ctx.job, ctx.job.finetune
     images, train, _ = _images(ctx)
-    elastic = [ExpertCheckpoint.from_json(e) for e in ctx.results["specialize"]["experts"]]
+    elastic = [_located(ctx, e) for e in ctx.results["specialize"]["experts"]]
     jobs = {
         _unit(plan, k): ExpertTask(
             stage="finetune",
@@ -188,14 +188,15 @@ def finetune(ctx: Context) -> dict[str, Any]:
         for plan in _plans(ctx)
         for k, interval in enumerate(plan.partition.intervals)
     }
-    return {"experts": {name: expert.to_json() for name, expert in _fit_all(ctx, "finetune", jobs).items()}}
+    return {"experts": _fit_all(ctx, "finetune", jobs)}
 
 
 def publish(ctx: Context) -> dict[str, Any]:
     """Measure dense, every mixture and its baselines on the same images and noise; publish, verify, report."""
     job = ctx.job
     denoisers = _denoisers(ctx)
-    metrics = _measure(ctx, denoisers)
+    metrics = read_json(ctx.folder / "metrics.json") or _measure(ctx, denoisers)
+    write_json(ctx.folder / "metrics.json", metrics)  # measured once: a version and its report must show the same figures
     registry, published = Registry(job.registry.path), {}
     for i, config in enumerate(job.budgets):
         budget = job.budget(i)
@@ -225,7 +226,6 @@ def publish(ctx: Context) -> dict[str, Any]:
         files = registry.verify(version_)
         ctx.say(f"  published {version_.reference}: {config.metric} {config.ratio:g}, {files} files verified, {version_.path}")
     result = {"metrics": metrics, "published": {name: {"reference": v.reference, "path": str(v.path)} for name, v in published.items()}}
-    write_json(ctx.folder / "metrics.json", metrics)
     return result
 
 
@@ -245,10 +245,17 @@ STAGES = (
         ),
     ),
     Stage("partition", cut, ("analyze",), ("partition", "similarity.bootstrap")),
-    Stage("specialize", specialize, ("partition",), ("elastic", "specialize", "data.flip")),
+    Stage("specialize", specialize, ("partition",), ("elastic", "specialize", "data.flip"), ("specialize.checkpoint_every",)),
     Stage("route", route, ("specialize",), ("router", "budgets", "sampler")),
-    Stage("finetune", finetune, ("route",), ("finetune",)),
-    Stage("publish", publish, ("finetune",), ("evaluate", "name", "registry")),
+    Stage("finetune", finetune, ("route",), ("finetune",), ("finetune.checkpoint_every",)),
+    Stage(
+        "publish",
+        publish,
+        ("finetune",),
+        ("evaluate", "name", "registry"),
+        ignores=("evaluate.batch_size", "evaluate.shards"),
+        holds=lambda result: all((Path(version["path"]) / "manifest.json").exists() for version in result["published"].values()),
+    ),
 )
 
 
@@ -277,20 +284,26 @@ def _images(ctx: Context) -> tuple[str, list[int], list[int]]:
     return str(out), train.tolist(), held_out.tolist()
 
 
-def _fit_all(ctx: Context, stage: str, jobs: dict[str, ExpertTask]) -> dict[str, ExpertCheckpoint]:
+def _fit_all(ctx: Context, stage: str, jobs: dict[str, ExpertTask]) -> dict[str, dict[str, Any]]:
     """Train what has no record yet. A record per finished run, so that a resumed stage does not start trainers for nothing."""
     records = {name: ctx.folder / f"{name}.json" for name in jobs}
-    done = {name: ExpertCheckpoint.from_json(json.loads(path.read_text())) for name, path in records.items() if path.exists()}
-    todo = {f"{stage}-{name}-{ctx.fingerprint[:8]}": (name, item) for name, item in jobs.items() if name not in done}
+    todo = {f"{stage}-{name}-{ctx.fingerprint[:8]}": name for name in jobs if not records[name].exists()}
 
     def record(run: str, expert: ExpertCheckpoint) -> None:
-        write_json(records[todo[run][0]], expert.to_json())
+        inside = Path(expert.path).relative_to(ctx.store.folder)  # a run folder may be moved
+        write_json(records[todo[run]], replace(expert, path=inside.as_posix()).to_json())
 
     storage = ctx.store.folder / "train"
     storage.mkdir(exist_ok=True)
-    fitted = ctx.cluster.fit_all(tasks.train_expert, {run: item for run, (_, item) in todo.items()}, storage, record) if todo else {}
-    done |= {todo[run][0]: expert for run, expert in fitted.items()}
-    return {name: done[name] for name in jobs}
+    if todo:
+        ctx.cluster.fit_all(tasks.train_expert, {run: jobs[name] for run, name in todo.items()}, storage, record)
+    return {name: json.loads(path.read_text()) for name, path in records.items()}
+
+
+def _located(ctx: Context, expert: dict[str, Any]) -> ExpertCheckpoint:
+    """A stored checkpoint, with its path made absolute."""
+    found = ExpertCheckpoint.from_json(expert)
+    return replace(found, path=str(ctx.store.folder / found.path))
 
 
 def _plans(ctx: Context) -> list[MixturePlan]:
@@ -317,10 +330,10 @@ def _unit(plan: MixturePlan, k: int) -> str:
 def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
     """Everything that is measured: dense; per budget the mixture, the uniform mixture, and the pretrained net cut uniformly."""
     experts = ctx.results["finetune"]["experts"]
-    elastic = tuple(ExpertCheckpoint.from_json(e) for e in ctx.results["specialize"]["experts"])
+    elastic = tuple(_located(ctx, e) for e in ctx.results["specialize"]["experts"])
     denoisers = {"dense": DenoiserRef("dense")}
     for plan in _plans(ctx):
-        refs = tuple(ExpertCheckpoint.from_json(experts[_unit(plan, k)]) for k in range(len(plan.experts)))
+        refs = tuple(_located(ctx, experts[_unit(plan, k)]) for k in range(len(plan.experts)))
         label = plan.budget.name if plan.budget.name not in denoisers else f"{plan.budget.name} uniform"
         denoisers[label] = DenoiserRef(label, plan, refs)
     for i in range(len(ctx.job.budgets)):

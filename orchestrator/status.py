@@ -23,8 +23,9 @@ def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"no run in {folder}: start it with `diffpruning run`")
     records = [read_json(path) for path in folder.glob("*-????????/done.json")]
     done = sorted((r for r in records if r), key=lambda r: r["started"] + r["seconds"])
-    latest = {r["stage"]: r for r in done}
     progress = read_json(folder / "progress.json") or {}
+    mine = set(progress.get("fingerprints", {}).values())
+    latest = {r["stage"]: r for r in done if not mine or r["fingerprint"] in mine}
     return {
         "run_folder": str(folder),
         "job": owner["name"],
@@ -43,7 +44,7 @@ def text(found: dict[str, Any]) -> str:
     lines = [f"run {found['job']}, {found['run_folder']}"]
     lines += [f"  {r['stage']:<12}done in {duration(r['seconds'])}" for r in found["done"]]
     if found["running"]:
-        quiet = found["seconds_since_update"] > 60
+        quiet = found["seconds_since_update"] > 30
         lines.append(
             f"  {found['running']:<12}"
             + (f"stopped? no word for {duration(found['seconds_since_update'])}; the same run command continues it" if quiet else "running")

@@ -47,7 +47,7 @@ class RunStore:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def claim(self, owner: dict[str, str]) -> None:
+    def claim(self, owner: dict[str, Any]) -> None:
         """Make the folder ours, or see that it is. Raises: InputError if it belongs to another job or cannot be written."""
         self.check_owner(owner)
         try:
@@ -57,8 +57,10 @@ class RunStore:
         except OSError as error:
             raise InputError(f"storage.path: cannot write {self.folder}: {error.strerror}") from None
 
-    def check_owner(self, owner: dict[str, str]) -> None:
-        """Raises: InputError if the folder belongs to another job or is no run folder. Touches nothing."""
+    def check_owner(self, owner: dict[str, Any]) -> None:
+        """A list names one thing in several ways (where it lies, what it is); one that agrees is enough.
+
+        Raises: InputError if the folder belongs to another job or is no run folder. Touches nothing."""
         try:
             found = read_json(self.folder / "run.json")
             # what a killed claim leaves behind is hidden, and so is what file managers add
@@ -68,9 +70,14 @@ class RunStore:
         if foreign:
             raise InputError(f"storage.path: {self.folder} is not empty and holds no run: choose another storage.path or name")
         for key, value in owner.items():
-            if found is not None and found.get(key) != value:
+            theirs = None if found is None else found.get(key)
+            same = theirs == value or (
+                isinstance(value, list) and isinstance(theirs, list) and any(a == b for a, b in zip(theirs, value, strict=False))
+            )
+            if found is not None and not same:
+                theirs, ours = (v[0] if isinstance(v, list) else v for v in (theirs, value))
                 raise InputError(
-                    f"{self.folder} holds the run of another job ({key} {found.get(key)}, this job has {value}): "
+                    f"{self.folder} holds the run of another job ({key} {theirs}, this job has {ours}): "
                     "give this job its own name, e.g. --set name=mine"
                 )
 
@@ -110,17 +117,20 @@ class RunStore:
         return "stale" if any(self.folder.glob(f"{stage}-????????/done.json")) else "new"
 
     def set_aside(self, stage: str, fingerprint: str) -> None:
-        """Rename what was made under this fingerprint, so that it is made again; nothing is deleted."""
+        """Rename what was finished under this fingerprint, so that it is made again; nothing is deleted, and unfinished work goes on."""
+        if self.done(stage, fingerprint) is None:
+            return
         for folder in (self.stage_folder(stage, fingerprint), *self.folder.glob(f"train/{stage}-*-{fingerprint[:8]}")):
             if folder.is_dir():
                 number = next(n for n in range(1, 10000) if not folder.with_name(f"{folder.name}.aside{n}").exists())
                 folder.rename(folder.with_name(f"{folder.name}.aside{number}"))
 
 
-def storage_error(error: OSError, folder: Path) -> str | None:
-    """One line for a disk that is full or cannot be written; None for any other error."""
+def storage_error(error: OSError) -> str | None:
+    """One line for a disk that is full or cannot be used; None for any other error."""
+    where = error.filename or "the storage"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"cannot write under {folder}: {error.strerror}: make room and run the same command again; finished work is kept"
+        return f"cannot write to {where}: {error.strerror}: make room and run the same command again; finished work is kept"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"cannot write {error.filename or folder}: {error.strerror}"
+        return f"no access to {where}: {error.strerror}"
     return None

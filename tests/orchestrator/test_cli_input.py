@@ -407,7 +407,7 @@ def test_a_run_folder_that_became_read_only_is_refused_and_keeps_its_work(tmp_pa
     before = tree(run)
     with read_only(run):
         line = line_of(analyze(images), 1)
-    assert line.startswith("cannot write ")
+    assert line.startswith("no access to ")
     assert line.endswith("Permission denied")
     assert str(run) in line
     assert tree(run) == before
@@ -429,7 +429,7 @@ def test_full_storage_ends_the_run_with_one_line_and_the_same_command_continues(
         full = analyze(images)
     assert (full.exit_code, full.stdout) == (1, "")
     *progress, last = full.stderr.splitlines()
-    assert last.startswith("error: cannot write under ")
+    assert last.startswith("error: cannot write to ")
     assert last.endswith("make room and run the same command again; finished work is kept")
     assert [line.split() for line in progress] == [["analyze", "running"]]
     left = {path.name for path in Path("runs").rglob("*") if path.is_file()}

@@ -296,6 +296,10 @@ FIRST_STALE = {
     "partition": "partition",
     "elastic": "specialize",
     "specialize": "specialize",
+    "specialize.checkpoint_every": None,  # how often, not what
+    "finetune.checkpoint_every": None,
+    "evaluate.batch_size": None,
+    "evaluate.shards": None,
     "router": "route",
     "budgets": "route",
     "sampler": "route",
