@@ -102,7 +102,7 @@ def finished_run(
         path = folder / "run" / "train" / name / "step_0000004"
         path.mkdir(parents=True, exist_ok=True)
         (path / "checkpoint.json").write_text(json.dumps({"history": [[1, 0.5], [2, 0.4], [3, 0.3], [4, 0.25]]}))
-        return ExpertCheckpoint(interval, str(path), 4, 0.25, started, started + 60)
+        return ExpertCheckpoint(interval, f"train/{name}/step_0000004", 4, 0.25, started, started + 60)
 
     rng = np.random.default_rng(0)
     arrays = {"dense": rng.uniform(-1, 1, (samples, 3, size, size)).astype(np.float32)}
@@ -278,8 +278,8 @@ def test_says_so_when_samples_are_far_from_dense(tmp_path: Path) -> None:
 def test_curves_that_cannot_be_read_are_skipped_and_named(tmp_path: Path) -> None:
     prepared = finished_run(tmp_path)
     experts = report.gather(prepared).specialized
-    (Path(experts[0].path) / "checkpoint.json").unlink()
-    (Path(experts[1].path) / "checkpoint.json").write_text("{ damaged")
+    (prepared.store.folder / experts[0].path / "checkpoint.json").unlink()
+    (prepared.store.folder / experts[1].path / "checkpoint.json").write_text("{ damaged")
     found, missing = report.curves(report.gather(prepared))
     assert missing == ["specialize t 0\N{EN DASH}300", "specialize t 300\N{EN DASH}1000"]
     assert set(found) == {"65% mixture", "65% uniform", "50% mixture", "50% uniform"}

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -348,3 +349,28 @@ def test_a_published_version_is_found_again_after_the_change_is_taken_back(run):
     again = run.again()
     assert stage_lines(again.stderr) == [(stage, "already done") for stage in STAGES]
     assert json.loads(again.stdout)["published"] == run.found["published"]
+    assert run.done("publish")["fingerprint"] in (run.run / "report.html").read_text(), "the page tells of the other settings"
+
+
+def test_a_run_folder_that_was_moved_goes_on(run, tmp_path):
+    """One more budget from the moved experts; then everything is put back."""
+    home, away = run.run.parent, tmp_path / "away"
+    shutil.move(home, away)
+    try:
+        done = run.again("--set", f"storage.path={away}", "--set", "budgets.0.ratio=0.8", "--set", "router.agents=[uniform]")
+        assert done.exit_code == 0, done.output
+        assert stage_lines(done.stderr)[:3] == [(stage, "already done") for stage in STAGES[:3]]
+        assert "skipped" not in done.stderr
+    finally:
+        shutil.move(away, home)
+
+
+def test_a_registry_that_was_lost_is_published_again(run):
+    version = Path(run.found["published"]["macs-0.50"]["path"])
+    hidden = version.rename(version.with_name(".hidden"))
+    try:
+        again = run.again()
+        assert stage_lines(again.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]
+        assert Path(json.loads(again.stdout)["published"]["macs-0.50"]["path"]).is_dir()
+    finally:
+        hidden.rename(version)
