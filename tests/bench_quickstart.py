@@ -1,8 +1,8 @@
 """Prints the quickstart's figures: time, peak memory of all its processes, overlap of its trainers, time of a second run.
 
-    .venv/bin/python tests/bench_quickstart.py [--set KEY=VALUE ...]
+    .venv/bin/python tests/bench_quickstart.py FOLDER [KEY=VALUE ...]
 
-Runs in a temporary folder. Resident memory counts shared pages once per process (RSS) or once altogether (PSS).
+Runs and registry go to FOLDER, which must be new. Resident memory counts shared pages once per process (RSS) or once altogether (PSS).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -57,19 +56,20 @@ def overlap(record: Path) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        sets = [f"storage.path={folder}/runs", f"registry.path={folder}/registry", *(a for a in sys.argv[1:] if a != "--set")]
-        command = [sys.executable, "-m", "orchestrator", "run", "quickstart", *(word for value in sets for word in ("--set", value))]
-        seconds, rss, pss = run(command)
-        again, _, _ = run(command)
-        run_folder = Path(folder) / "runs" / "quickstart"
-        records = {path.parent.name.rpartition("-")[0]: path for path in run_folder.glob("*/done.json")}
-        for stage, path in sorted(records.items(), key=lambda item: json.loads(item[1].read_text())["started"]):
-            print(f"{stage:<12}{json.loads(path.read_text())['seconds']:>8.1f} s")
-        print(f"first run   {seconds:>8.1f} s, peak RSS {rss:.2f} GiB, peak PSS {pss:.2f} GiB")
-        print(f"second run  {again:>8.1f} s")
-        for stage in ("specialize", "finetune"):
-            print(f"{stage:<12}{overlap(records[stage])}")
+    folder, *settings = sys.argv[1:]
+    Path(folder).mkdir(parents=True)
+    sets = [f"storage.path={folder}/runs", f"registry.path={folder}/registry", *settings]
+    command = [sys.executable, "-m", "orchestrator", "run", "quickstart", *(word for value in sets for word in ("--set", value))]
+    seconds, rss, pss = run(command)
+    again, _, _ = run(command)
+    run_folder = Path(folder) / "runs" / "quickstart"
+    records = {path.parent.name.rpartition("-")[0]: path for path in run_folder.glob("*/done.json")}
+    for stage, path in sorted(records.items(), key=lambda item: json.loads(item[1].read_text())["started"]):
+        print(f"{stage:<12}{json.loads(path.read_text())['seconds']:>8.1f} s")
+    print(f"first run   {seconds:>8.1f} s, peak RSS {rss:.2f} GiB, peak PSS {pss:.2f} GiB")
+    print(f"second run  {again:>8.1f} s")
+    for stage in ("specialize", "finetune"):
+        print(f"{stage:<12}{overlap(records[stage])}")
 
 
 if __name__ == "__main__":
