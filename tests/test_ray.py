@@ -117,7 +117,7 @@ def test_killing_the_driver_in_specialize_loses_nothing_but_the_last_steps(finis
         command(folder, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
     deadline = time.monotonic() + 200
-    while not list(run.glob("train/specialize-*/step_*/checkpoint.json")):
+    while not any("step_" in path.read_text() for path in run.glob("train/specialize-*/checkpoint_manager_snapshot.json")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "no checkpoint within 200 s"
         time.sleep(0.1)
