@@ -11,13 +11,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from orchestrator import __version__
+from orchestrator.cli_convert import convert_ldm
+from orchestrator.cli_options import device_here, json_option, set_option, show
+from orchestrator.cli_profile import profile
 from workers.contracts import InputError, RunFailed, VerificationError
 
 STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
@@ -72,14 +75,8 @@ def main() -> None:
     """
 
 
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the job, e.g. --set budgets.0.ratio=0.4"
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-
-
-def _print(value: Any, as_json: bool, text: Callable[[], str]) -> None:
-    click.echo(json.dumps(value, indent=1) if as_json else text())
+main.add_command(convert_ldm)
+main.add_command(profile)
 
 
 @main.command()
@@ -94,7 +91,7 @@ def plan(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from orchestrator import planning
 
     found = planning.describe(planning.prepare(config))
-    _print(found, as_json, lambda: _plan_text(found))
+    show(found, as_json, lambda: _plan_text(found))
 
 
 def _plan_text(found: dict[str, Any]) -> str:
@@ -135,35 +132,64 @@ def run(job: str, overrides: tuple[str, ...], only: str | None, redo: tuple[str,
     from orchestrator.config import load_job
 
     config = load_job(job, overrides)
+    from orchestrator import planning, report
+
+    prepared = planning.prepare(config)
+    prepared.pipeline.select(only, prepared.pipeline.after(redo))  # refuses before anything is written
+    with _driver(prepared, inline) as (view, cluster):
+        results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage)
+        page = prepared.store.folder / "report.html"
+        if "publish" in results and not report.is_current(prepared):
+            page = report.build(prepared)
+    published = results.get("publish", {}).get("published", {})
+    found = {"run_folder": str(prepared.store.folder), "report": str(page) if page.exists() else None, "published": published}
+    show(found, as_json, lambda: _run_text(found))
+
+
+@contextlib.contextmanager
+def _driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """Within the context the run folder is ours, and gives the progress view and what starts the cluster on its first use."""
     from rich.console import Console
 
-    from orchestrator import planning, report
+    from orchestrator import planning
     from orchestrator.progress import ProgressView
 
     signal.signal(signal.SIGTERM, _as_interrupt)
-    prepared = planning.prepare(config)
-    prepared.pipeline.select(only, prepared.pipeline.after(redo))  # refuses before anything is written
     prepared.store.claim(planning.owner(prepared.job, prepared.pipeline.identity))
     clusters: list[Any] = []
     view = ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json", prepared.pipeline.fingerprints)
     with prepared.store.lock(), view:
 
         def cluster() -> Any:
-            clusters.append(_cluster(prepared.job, view, inline, prepared.store.folder / "ray.log"))
+            if not clusters:
+                clusters.append(_cluster(prepared.job, view, inline, prepared.store.folder / "ray.log"))
             return clusters[-1]
 
         try:
-            results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage)
+            yield view, cluster
         finally:
             for used in clusters:
                 with contextlib.suppress(Exception):
                     used.close()
-        page = prepared.store.folder / "report.html"
-        if "publish" in results and not report.is_current(prepared):
-            page = report.build(prepared)
-    published = results.get("publish", {}).get("published", {})
-    found = {"run_folder": str(prepared.store.folder), "report": str(page) if page.exists() else None, "published": published}
-    _print(found, as_json, lambda: _run_text(found))
+
+
+@main.command()
+@click.argument("job")
+@set_option
+@click.option("--inline", is_flag=True, help="Encode in this process, without Ray.")
+@json_option
+def encode(job: str, overrides: tuple[str, ...], inline: bool, as_json: bool) -> None:
+    """Encode a latent-diffusion job's images into its latent cache. `run` does so by itself; an interrupted encode resumes."""
+    from orchestrator.config import load_job
+
+    config = load_job(job, overrides)
+    from orchestrator import planning, stages
+
+    prepared = planning.prepare(config)
+    plan = stages.encode_plan(prepared.job, prepared.store, prepared.pipeline.identity)  # refuses before anything is written
+    with _driver(prepared, inline) as (view, cluster):
+        made = stages.encode_images(plan, cluster, view.say)
+    show(made, as_json, lambda: f"{made['count']} images as latents in {made['path']}")
 
 
 def _as_interrupt(*_: Any) -> None:
@@ -182,7 +208,7 @@ def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
     if inline:
         from orchestrator.cluster import InlineCluster, Need
 
-        device = _device_here(need.device, "resources.device")
+        device = device_here(need.device, "resources.device")
         return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), view.update)
     from orchestrator.ray_cluster import RayCluster
 
@@ -199,15 +225,6 @@ def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
     )
 
 
-def _device_here(wanted: str, key: str) -> str:
-    from workers.session import local_device
-
-    here = local_device()
-    if wanted == "cuda" != here:
-        raise InputError(f"{key} is cuda, but this machine has no usable GPU: set it to cpu")
-    return here if wanted == "auto" else wanted
-
-
 @main.command()
 @click.argument("job")
 @set_option
@@ -217,7 +234,7 @@ def status(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from orchestrator import status as view
 
     found = view.read(job, overrides)
-    _print(found, as_json, lambda: view.text(found))
+    show(found, as_json, lambda: view.text(found))
 
 
 @main.command(name="report")
@@ -232,7 +249,7 @@ def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from orchestrator import planning, report
 
     page = str(report.build(planning.prepare(config)))
-    _print({"report": page}, as_json, lambda: page)
+    show({"report": page}, as_json, lambda: page)
 
 
 @main.command()
@@ -240,13 +257,25 @@ def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--registry", default="registry", show_default=True, help="Folder of the registry.")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps; default: those the mixture was planned for.")
 @click.option("--scheduler", help="ddpm, ddim, dpmpp, dpmpp-karras, unipc or euler; default: the planned one.")
+@click.option("--class-label", type=click.IntRange(0), help="Class of all images, for a class-conditional model; default: each its own.")
+@click.option("--guidance-scale", default=1.0, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance; 1 is none.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image; the next has the next.")
 @click.option("--count", default=16, show_default=True, type=click.IntRange(1, 4096), help="Images to draw.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="PNG file: a grid of all images.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; auto: cuda if there is one.")
 @json_option
 def sample(
-    model: str, registry: str, steps: int | None, scheduler: str | None, seed: int, count: int, out: Path, device: str, as_json: bool
+    model: str,
+    registry: str,
+    steps: int | None,
+    scheduler: str | None,
+    class_label: int | None,
+    guidance_scale: float,
+    seed: int,
+    count: int,
+    out: Path,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Draw images from a published mixture."""
     from orchestrator.registry import Registry
@@ -258,12 +287,15 @@ def sample(
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; give the name of a PNG file")
     budget = version.manifest().plan.budget
-    device = _device_here(device, "--device")
+    device = device_here(device, "--device")
     books.verify(version)
-    from workers.evaluate import write_sample_grid
+    from workers.generate import write_sample_grid
 
-    write_sample_grid(str(version.path), scheduler or budget.scheduler, steps or budget.steps, range(seed, seed + count), out, device)
-    _print({"version": version.reference, "out": str(out.resolve())}, as_json, lambda: str(out))
+    seeds = range(seed, seed + count)
+    write_sample_grid(
+        str(version.path), scheduler or budget.scheduler, steps or budget.steps, seeds, out, device, class_label, guidance_scale
+    )
+    show({"version": version.reference, "out": str(out.resolve())}, as_json, lambda: str(out))
 
 
 @main.command()
@@ -315,7 +347,7 @@ def registry_list(name: str | None, uri: str, as_json: bool) -> None:
         errors = ["" if r["paired_mse"] is None else f"{r['paired_mse']:>12.5f}" for r in rows]
         return "\n".join([head, *map(str.__add__, lines, errors)])
 
-    _print(rows, as_json, text)
+    show(rows, as_json, text)
 
 
 @registry.command(name="show")
@@ -329,7 +361,7 @@ def registry_show(model: str, uri: str, as_json: bool) -> None:
 
     version = Registry(uri).resolve(model)
     manifest = version.manifest()
-    _print(manifest.to_json(), as_json, lambda: view.manifest_text(version.reference, str(version.path), manifest))
+    show(manifest.to_json(), as_json, lambda: view.manifest_text(version.reference, str(version.path), manifest))
 
 
 @registry.command(name="verify")
@@ -351,8 +383,6 @@ def registry_verify(model: str | None, uri: str, as_json: bool) -> None:
         except VerificationError as error:
             errors.append(str(error))
             results.append({"version": version.reference, "ok": False, "error": str(error)})
-    _print(
-        results, as_json, lambda: "\n".join(f"{r['version']:<18}ok, {r['files']} files" for r in results if r["ok"]) or "nothing verified"
-    )
+    show(results, as_json, lambda: "\n".join(f"{r['version']:<18}ok, {r['files']} files" for r in results if r["ok"]) or "nothing verified")
     if errors:
         raise VerificationError("; ".join(errors))

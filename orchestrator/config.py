@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from workers.contracts import Budget, ElasticSettings, InputError, RouteSettings, TrainSettings
+from workers.contracts import REWRITES, Budget, ElasticSettings, InputError, RouteSettings, TrainSettings
 
 BUNDLED = Path(__file__).resolve().parent.parent / "jobs"
 PATH_KEYS = (("model", "path"), ("data", "path"))
@@ -54,6 +54,12 @@ class Data(Section):
     resize: bool = Field(False, description="Centre-crop and resize images that have another size than the model.")
     holdout: Count = Field(256, description="Images kept out of training, for evaluation.")
     flip: bool = Field(False, description="Random horizontal flips in training.")
+    class_dropout: Fraction = Field(0.1, description="Class-conditional: part of the labels that become the null class in training.")
+    latent_dtype: Literal["float16", "float32"] = Field("float16", description="Latent diffusion: how the latent cache stores numbers.")
+    encode_math: Literal["float32", "tf32"] = Field(
+        "float32", description="Latent diffusion: arithmetic of the first stage; tf32 is several times as fast on GPUs, with 0.6% error."
+    )
+    encode_batch: Count = Field(16, description="Latent diffusion: images that the first stage encodes at once.")
 
 
 class Similarity(Section):
@@ -76,6 +82,10 @@ class PartitionConfig(Section):
 
 class Elastic(Section):
     width_multiple: Count = Field(8, description="Legal inner widths are multiples of this many channels; hardware likes 8, 32 or 64.")
+    unit: Literal["group", "channel_per_group"] = Field(
+        "group", description="What a ResBlock loses: whole norm groups, or as many channels of every group."
+    )
+    most_widths: int = Field(8, ge=2, description="Widths of a site at most, spread evenly over the legal ones.")
     depth: bool = Field(True, description="Whole residual branches may be dropped.")
     importance: Literal["taylor", "magnitude"] = Field(
         "taylor", description="Order of channels: Taylor on the interval's loss, or weight norm."
@@ -137,13 +147,28 @@ class Router(Section):
 
 
 class BudgetConfig(Section):
-    metric: Literal["macs"] = Field("macs", description="What is limited: multiply-accumulates of one denoising step, schedule-weighted.")
+    metric: Literal["macs", "latency"] = Field(
+        "macs", description="What is limited, schedule-weighted per denoising step: multiply-accumulates, or time measured on the device."
+    )
     ratio: float = Field(gt=0, le=1, description="The mixture's cost as a part of the dense model's.")
 
 
 class Sampler(Section):
     scheduler: str = Field("ddim", description="Sampler whose steps weigh the cost: ddpm, ddim, dpmpp, dpmpp-karras, unipc, euler.")
     steps: Count = Field(50, description="Sampling steps.")
+    guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of class-conditional samples; 1 is none.")
+
+
+class Latency(Section):
+    """What a latency budget is measured under."""
+
+    batch: Count = Field(64, description="Images per forward pass.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations.")
+    compile: bool = Field(False, description="Residual blocks compiled with torch.compile, as diffusers' compile_repeated_blocks does.")
+
+
+class Export(Section):
+    rewrites: list[str] = Field([], description="Exact rewrites of the published experts: same output, fewer operations.")
 
 
 class Evaluate(Section):
@@ -180,7 +205,9 @@ class JobConfig(Section):
     router: Router = Router()
     budgets: list[BudgetConfig] = Field(min_length=1, description="One mixture is published for each.")
     sampler: Sampler = Sampler()
+    latency: Latency = Latency()
     finetune: Finetune = Finetune()
+    export: Export = Export()
     evaluate: Evaluate = Evaluate()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -338,6 +365,9 @@ def _check_names(config: JobConfig) -> None:
     ):
         if value not in names_in(folder) and (key, value) != ("model.family", "auto"):
             raise InputError(f"{key} {value!r} is unknown: known are {', '.join(names_in(folder))}")
+    for rewrite in config.export.rewrites:
+        if rewrite not in REWRITES:
+            raise InputError(f"export.rewrites {rewrite!r} is unknown: known are {', '.join(REWRITES)}")
     for name, values in (("router.agents", config.router.agents), ("router.seeds", config.router.seeds)):
         if len(set(values)) != len(values):
             raise InputError(f"{name} {values} names one twice")

@@ -13,7 +13,7 @@ from orchestrator.pipeline import Pipeline
 from orchestrator.registry import Registry
 from orchestrator.stages import STAGES
 from orchestrator.store import RunStore
-from workers import data, diffusion, families, partition, similarity
+from workers import conditioning, data, diffusion, families, first_stage, partition, similarity
 from workers.contracts import InputError
 from workers.cost import CostTable, cost_table, require_reachable
 
@@ -48,12 +48,16 @@ def prepare(job: JobConfig) -> Prepared:
     diffusion.sampler_timesteps(job.sampler.scheduler, scheduler, job.sampler.steps)
     _check_evaluate(job, schedule.num_timesteps)
     images_at = data.resolve(job.data.path)
-    images = data.check(str(images_at), config["in_channels"], config["sample_size"], job.data.resize)
+    channels, size = _image_shape(model, config)
+    images = data.check(str(images_at), channels, size, job.data.resize)
     _check_images(job, images)
+    _check_classes(job, model, images_at)
     table = cost_table(config, job.elastic_settings())
     for i, budget in enumerate(job.budgets):
-        require_reachable(table, budget.ratio, f"budgets.{i}.ratio")
-    _check_space(job, store.folder, table)
+        if budget.metric == "macs":  # time has to be measured first
+            require_reachable(table, budget.ratio, f"budgets.{i}.ratio")
+    latent_bytes = 2 * images * 4 * config["in_channels"] * config["sample_size"] ** 2 if first_stage.locate(model) else 0
+    _check_space(job, store.folder, table, latent_bytes)
     _nearest_folder(Registry(job.registry.path).root, "registry.path")
     job = job.model_copy(
         update={
@@ -62,10 +66,39 @@ def prepare(job: JobConfig) -> Prepared:
             "registry": job.registry.model_copy(update={"path": _absolute(job.registry.path)}),
         }
     )
-    identity = {"model": families.model_digest(model), "data.path": data.identity(str(images_at))}
+    stage = first_stage.locate(model)
+    identity = {
+        "model": families.model_digest(model),
+        "first_stage": "" if stage is None else first_stage.digest(stage),
+        "data.path": data.identity(str(images_at)),
+    }
     store.check_owner(owner(job, identity))
     pipeline = Pipeline(STAGES, job.model_dump(mode="json"), identity, store)
     return Prepared(job, store, pipeline, table, images)
+
+
+def _image_shape(model: Path, config: Mapping[str, Any]) -> tuple[int, int]:
+    """(channels, size) of the images that the pipeline is trained on: the denoiser's, or what its first stage encodes.
+
+    Raises: InputError if the pipeline is a latent one and its first stage is missing or of another model.
+    """
+    stage = first_stage.locate(model)
+    if stage is None:
+        index = model / "model_index.json"
+        if index.is_file() and "LDM" in str(families.read_json(index).get("_class_name")):
+            raise InputError(f"model.path: {model} is a latent diffusion pipeline without its first stage: add its vqvae folder")
+        return config["in_channels"], config["sample_size"]
+    info = first_stage.check(stage, config["sample_size"], config["in_channels"])
+    return info.in_channels, config["sample_size"] * info.downscale
+
+
+def _check_classes(job: JobConfig, model: Path, images: Path) -> None:
+    """Raises: InputError if a class-conditional model's images have no labels or one too many, or guidance has no null class."""
+    classes = conditioning.describe(model)
+    if job.sampler.guidance_scale != 1 and classes.null is None:
+        raise InputError(f"sampler.guidance_scale is {job.sampler.guidance_scale:g}, but the model has no null class: set it to 1")
+    if classes.argument is not None:
+        classes.check(data.labels(str(images)), f"data.path: {images}")
 
 
 def owner(job: JobConfig, identity: Mapping[str, str]) -> dict[str, Any]:
@@ -128,17 +161,19 @@ def _check_images(job: JobConfig, images: int) -> None:
         )
 
 
-def _check_space(job: JobConfig, folder: Path, table: CostTable) -> None:
-    """Raises: InputError if the disk cannot hold the checkpoints that the job will keep at one time."""
+def _check_space(job: JobConfig, folder: Path, table: CostTable, cache_bytes: int) -> None:
+    """Raises: InputError if the disk cannot hold the checkpoints that the job will keep at one time, and its latents."""
     there = _nearest_folder(folder, "storage.path")
     experts = _experts(job)
     runs = experts * (1 + len(job.budgets) * (2 if job.finetune.compare_uniform else 1))
     needed = 2 * BYTES_FREE_PER_PARAMETER * table.dense.params * runs
-    needed -= sum(path.stat().st_size for path in folder.glob("train/**/*") if path.is_file())  # what a resumed job has written
+    needed += cache_bytes
+    written = (*folder.glob("train/**/*"), *folder.glob("cache/latents-*/*"))
+    needed -= sum(path.stat().st_size for path in written if path.is_file())  # what a resumed job has written
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(
-            f"storage.path: {there} has {free / 1e9:.1f} GB free, the job's checkpoints may need {needed / 1e9:.1f} GB: "
+            f"storage.path: {there} has {free / 1e9:.1f} GB free, the job's checkpoints and latents may need {needed / 1e9:.1f} GB: "
             "free some or choose another path"
         )
 
@@ -210,8 +245,9 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "model": {
             "path": job.model.path,
             "macs": table.dense.macs,
+            "macs_without_attention": table.dense.macs_without_attention,
             "params": table.dense.params,
-            "smallest_ratio": round(table.smallest_ratio, 4),
+            "smallest_ratio": round(table.smallest_ratio(), 4),
         },
         "data": {"path": job.data.path, "images": prepared.images},
         "budgets": [budget.model_dump() for budget in job.budgets],

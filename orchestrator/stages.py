@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,17 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import __version__
+from orchestrator import __version__, encode
+from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry
-from orchestrator.store import read_json, write_json
-from workers import data, families, partition, tasks
+from orchestrator.store import RunStore, read_json, write_json
+from workers import data, families, first_stage, latents, partition, tasks
 from workers.contracts import (
     DenoiserRef,
     EvaluateTask,
     ExpertCheckpoint,
     ExpertTask,
     ImageTask,
+    LatencyTask,
     MixtureManifest,
     MixturePlan,
     Partition,
@@ -36,6 +39,8 @@ from workers.contracts import (
     SimilarityTask,
     derive_seed,
 )
+from workers.cost import cost_table, require_reachable
+from workers.latency_table import LatencyTable
 
 
 def analyze(ctx: Context) -> dict[str, Any]:
@@ -100,6 +105,7 @@ def cut(ctx: Context) -> dict[str, Any]:
 
 def specialize(ctx: Context) -> dict[str, Any]:
     """One elastic copy of the denoiser per interval, each its own training run, all at the same time as far as they fit."""
+    _latency(ctx)  # an impossible budget is told before hours of training
     job, settings = ctx.job, ctx.job.specialize
     images, train, _ = _images(ctx)
     jobs = {
@@ -115,6 +121,7 @@ def specialize(ctx: Context) -> dict[str, Any]:
             importance_images=settings.importance_images,
             seed=job.seed,
             flip=job.data.flip,
+            class_dropout=job.data.class_dropout,
         )
         for interval in _partition(ctx).intervals
     }
@@ -139,6 +146,7 @@ def route(ctx: Context) -> dict[str, Any]:
         seed=job.seed,
         settings=settings.settings(),
         device=ctx.cluster.need.device,
+        latency=_latency(ctx),
     )
     tables = [(item, k, str(ctx.folder / f"sensitivity-{expert.interval.name}.json")) for k, expert in enumerate(experts)]
     ctx.cluster.scatter(tasks.expert_sensitivity, [table for table in tables if not Path(table[2]).exists()])
@@ -155,7 +163,7 @@ def route(ctx: Context) -> dict[str, Any]:
     chosen = {budget: min((p for p in plans.values() if p.budget.name == budget), key=lambda p: p.loss) for budget in budgets}
     for budget, plan in chosen.items():
         losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans.values() if p.budget.name == budget)
-        ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense MACs (search loss: {losses})")
+        ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {_what(plan)} (search loss: {losses})")
         for interval, share in zip(plan.partition.intervals, plan.shares, strict=True):
             served = round(share * job.sampler.steps)
             if served < 2:
@@ -181,6 +189,7 @@ def finetune(ctx: Context) -> dict[str, Any]:
             importance_images=1,
             seed=derive_seed(job.seed, "finetune", plan.budget.name),
             flip=job.data.flip,
+            class_dropout=job.data.class_dropout,
             source=elastic[k].path,
             spec=plan.experts[k],
             label=plan.budget.name + (f" {plan.agent}" if settings.compare_uniform else ""),
@@ -203,7 +212,7 @@ def publish(ctx: Context) -> dict[str, Any]:
         ref = denoisers[budget.name]
         assert ref.plan is not None
         folder = ctx.folder / f"mixture-{budget.name}"
-        ctx.cluster.scatter(tasks.assemble_mixture, [(ref, job.model.path, job.sampler.scheduler, str(folder))])
+        ctx.cluster.scatter(tasks.assemble_mixture, [(ref, job.model.path, job.sampler.scheduler, tuple(job.export.rewrites), str(folder))])
         manifest = MixtureManifest(
             name=job.name,
             family=families.family_name(job.model.path),
@@ -240,19 +249,28 @@ STAGES = (
             "data.on_error",
             "data.resize",
             "data.holdout",
+            "data.latent_dtype",
+            "data.encode_math",
+            "first_stage",
             "seed",
             *(f"similarity.{k}" for k in ("measure", "timesteps", "images", "batch_size", "buckets")),
         ),
     ),
     Stage("partition", cut, ("analyze",), ("partition", "similarity.bootstrap")),
-    Stage("specialize", specialize, ("partition",), ("elastic", "specialize", "data.flip"), ("specialize.checkpoint_every",)),
-    Stage("route", route, ("specialize",), ("router", "budgets", "sampler")),
+    Stage(
+        "specialize",
+        specialize,
+        ("partition",),
+        ("elastic", "specialize", "data.flip", "data.class_dropout"),
+        ("specialize.checkpoint_every",),
+    ),
+    Stage("route", route, ("specialize",), ("router", "budgets", "latency", "sampler.scheduler", "sampler.steps")),
     Stage("finetune", finetune, ("route",), ("finetune",), ("finetune.checkpoint_every",)),
     Stage(
         "publish",
         publish,
         ("finetune",),
-        ("evaluate", "name", "registry"),
+        ("evaluate", "export", "sampler.guidance_scale", "name", "registry"),
         ignores=("evaluate.batch_size", "evaluate.shards"),
         holds=lambda result: all((Path(version["path"]) / "manifest.json").exists() for version in result["published"].values()),
     ),
@@ -267,21 +285,83 @@ def _partition(ctx: Context) -> Partition:
 
 
 def _images(ctx: Context) -> tuple[str, list[int], list[int]]:
-    """The decoded images (made once per run folder), the training rows in random order, and the held-out rows."""
+    """What training reads (made once per run folder: decoded images, or the latents of a first stage), the training rows in random
+    order, and the held-out rows."""
     job = ctx.job
-    config = families.load_config(job.model.path)
+    latent = first_stage.locate(job.model.path) is not None
+    out = _latents(ctx) if latent else _decoded(ctx)
+    count = latents.LatentCache.open(out).count if latent else data.ImageCache.open(out).count
+    train, held_out = data.split(count, job.data.holdout, job.seed)
+    return str(out), train.tolist(), held_out.tolist()
+
+
+def _decoded(ctx: Context) -> Path:
+    job, config = ctx.job, families.load_config(ctx.job.model.path)
     kind = [ctx.identity["data.path"], job.data.resize, job.data.on_error, config["in_channels"], config["sample_size"]]
     out = ctx.store.folder / "cache" / f"images-{derive_seed(*map(str, kind)):016x}.arrow"
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
         item = ImageTask(job.data.path, config["in_channels"], config["sample_size"], job.data.resize, job.data.on_error, str(out))
         [made] = ctx.cluster.scatter(tasks.build_images, [item])
-        skipped = made["skipped"]
-        ctx.say(
-            f"  {made['count']} images decoded" + (f", {len(skipped)} unreadable and skipped: {', '.join(skipped[:3])}" if skipped else "")
-        )
-    train, held_out = data.split(data.ImageCache.open(out).count, job.data.holdout, job.seed)
-    return str(out), train.tolist(), held_out.tolist()
+        _say_images(ctx.say, made["count"], made["skipped"], "decoded")
+    return out
+
+
+def _latents(ctx: Context) -> Path:
+    plan = encode_plan(ctx.job, ctx.store, ctx.identity)
+    if not plan.finished:
+        encode_images(plan, lambda: ctx.cluster, ctx.say)
+    return plan.folder
+
+
+def encode_images(plan: encode.EncodePlan, cluster: Callable[[], Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Make what is missing of a latent cache over the cluster; what is known of it, as JSON."""
+    if plan.tasks:
+        slots = cluster().slots()
+        cluster().scatter(tasks.encode_latents, encode.batches(plan.tasks, slots))
+    made = encode.finish(plan)
+    _say_images(say, made["count"], made["skipped"], "encoded")
+    if made["note"]:
+        say(f"  warning: {made['note']}")
+    return made
+
+
+def encode_plan(job: JobConfig, store: RunStore, identity: Mapping[str, str]) -> encode.EncodePlan:
+    """What is left to encode of a latent job's images. Raises: InputError for a pipeline in pixels."""
+    return encode.plan(
+        store.folder / "cache",
+        model=job.model.path,
+        data_path=job.data.path,
+        identity=identity["data.path"],
+        sample_size=families.load_config(job.model.path)["sample_size"],
+        resize=job.data.resize,
+        on_error=job.data.on_error,
+        dtype=job.data.latent_dtype,
+        math=job.data.encode_math,
+        batch_size=job.data.encode_batch,
+        digest=identity["first_stage"],
+    )
+
+
+def _say_images(say: Callable[[str], None], count: int, skipped: list[str], done: str) -> None:
+    say(f"  {count} images {done}" + (f", {len(skipped)} unreadable and skipped: {', '.join(skipped[:3])}" if skipped else ""))
+
+
+def _latency(ctx: Context) -> str | None:
+    """The latency table of a job with a latency budget, measured now if there is none of this device; every budget can be met by it.
+
+    Raises: BudgetUnreachable, before anything is trained for a budget that no mixture meets.
+    """
+    job = ctx.job
+    if all(budget.metric != "latency" for budget in job.budgets):
+        return None
+    settings, elastic = job.latency, job.elastic_settings()
+    item = LatencyTask(job.model.path, elastic, settings.batch, settings.dtype, settings.compile, str(ctx.store.folder / "cache"))
+    [path] = ctx.cluster.scatter(tasks.measure_latency, [item])
+    table = cost_table(families.load_config(job.model.path), elastic).with_latency(LatencyTable.load(Path(path)))
+    for i, budget in enumerate(job.budgets):
+        require_reachable(table, budget.ratio, f"budgets.{i}.ratio", budget.metric)
+    return str(path)
 
 
 def _fit_all(ctx: Context, stage: str, jobs: dict[str, ExpertTask]) -> dict[str, dict[str, Any]]:
@@ -304,6 +384,10 @@ def _located(ctx: Context, expert: dict[str, Any]) -> ExpertCheckpoint:
     """A stored checkpoint, with its path made absolute."""
     found = ExpertCheckpoint.from_json(expert)
     return replace(found, path=str(ctx.store.folder / found.path))
+
+
+def _what(plan: MixturePlan) -> str:
+    return "MACs" if plan.budget.metric == "macs" else "time"
 
 
 def _plans(ctx: Context) -> list[MixturePlan]:
@@ -335,11 +419,11 @@ def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
     for plan in _plans(ctx):
         refs = tuple(_located(ctx, experts[_unit(plan, k)]) for k in range(len(plan.experts)))
         label = plan.budget.name if plan.budget.name not in denoisers else f"{plan.budget.name} uniform"
-        denoisers[label] = DenoiserRef(label, plan, refs)
+        denoisers[label] = DenoiserRef(label, plan, refs, unit=ctx.job.elastic.unit)
     for i in range(len(ctx.job.budgets)):
         budget = ctx.job.budget(i).name
         uniform = _uniform(ctx, MixturePlan.from_json(ctx.results["route"]["chosen"][budget]))
-        denoisers[f"{budget} cut only"] = DenoiserRef(f"{budget} cut only", uniform, elastic, cut_only=True)
+        denoisers[f"{budget} cut only"] = DenoiserRef(f"{budget} cut only", uniform, elastic, cut_only=True, unit=ctx.job.elastic.unit)
     return denoisers
 
 
@@ -362,6 +446,7 @@ def _measure(ctx: Context, denoisers: dict[str, DenoiserRef]) -> dict[str, dict[
         seed=job.seed,
         device=ctx.cluster.need.device,
         out="",
+        guidance_scale=job.sampler.guidance_scale,
     )
     rows = np.array_split(held_out[: settings.images], settings.shards)
     seeds = np.array_split([derive_seed(job.seed, "sample", i) for i in range(settings.samples)], settings.shards)

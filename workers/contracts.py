@@ -7,10 +7,7 @@ Ranges are half-open: an interval [start, stop) owns start, and stop belongs to 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,110 +15,13 @@ from workers.errors import BudgetUnreachable as BudgetUnreachable
 from workers.errors import InputError as InputError
 from workers.errors import RunFailed as RunFailed
 from workers.errors import VerificationError as VerificationError
-from workers.records import Record
-
-
-def digest_of(value: Any) -> str:
-    """sha256 (hex) of the canonical JSON of ``value``."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def derive_seed(*parts: int | str | float) -> int:
-    """A 63-bit seed that depends on every part and on nothing else: randomness is derived, never carried."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-def interval_index(timestep: Any, boundaries: typing.Sequence[int]) -> Any:
-    """Which interval a timestep belongs to: the number of boundaries at or below it.
-
-    The one router of the project: analysis, training, search and sampling all use it. Accepts an int, a float,
-    a numpy array or a torch tensor of any shape, and answers with an int or an integer array of that shape.
-    """
-    index: Any = (timestep < 0) * 0  # a zero of the timestep's own shape
-    for boundary in boundaries:
-        index = (timestep >= boundary) + index
-    return index
-
-
-# --- timesteps ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, order=True)
-class Interval(Record):
-    """Training timesteps [start, stop)."""
-
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise InputError(f"interval [{self.start}, {self.stop}) is empty or negative")
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def name(self) -> str:
-        return f"t{self.start:04d}-{self.stop:04d}"
-
-
-@dataclass(frozen=True)
-class Partition(Record):
-    """K touching intervals that cover [0, num_timesteps)."""
-
-    intervals: tuple[Interval, ...]
-
-    def __post_init__(self) -> None:
-        if not self.intervals or self.intervals[0].start != 0:
-            raise InputError("a partition has at least one interval and starts at timestep 0")
-        for left, right in zip(self.intervals, self.intervals[1:], strict=False):
-            if left.stop != right.start:
-                raise InputError(f"intervals {left.name} and {right.name} do not touch")
-
-    @classmethod
-    def from_boundaries(cls, boundaries: typing.Sequence[int], num_timesteps: int) -> Partition:
-        """``boundaries``: the K - 1 inner cuts, ascending."""
-        edges = [0, *boundaries, num_timesteps]
-        return cls(tuple(Interval(a, b) for a, b in zip(edges, edges[1:], strict=False)))
-
-    @property
-    def boundaries(self) -> tuple[int, ...]:
-        return tuple(interval.start for interval in self.intervals[1:])
-
-    @property
-    def num_timesteps(self) -> int:
-        return self.intervals[-1].stop
-
-    def index_of(self, timestep: float) -> int:
-        """The expert that serves ``timestep`` (an int or a float of the training axis)."""
-        return int(interval_index(timestep, self.boundaries))
-
-    def __len__(self) -> int:
-        return len(self.intervals)
-
-
-@dataclass(frozen=True)
-class SimilarityMatrix(Record):
-    """How alike the grid's timesteps are: ``values[i][j]`` is the cosine similarity of timesteps i and j.
-
-    ``reliability[i]`` is the cosine between two halves of the images at timestep i: near 1, the row is measured; near 0, it is noise.
-    """
-
-    measure: str
-    num_timesteps: int
-    timesteps: tuple[int, ...]
-    values: tuple[tuple[float, ...], ...]
-    reliability: tuple[float, ...]
-    images: int = 0
-
-    def __post_init__(self) -> None:
-        n = len(self.timesteps)
-        if n == 0 or len(self.values) != n or any(len(row) != n for row in self.values) or len(self.reliability) != n:
-            raise InputError(f"a similarity matrix over {n} timesteps needs {n} x {n} values and {n} reliabilities")
-        if any(a >= b for a, b in zip((-1, *self.timesteps), (*self.timesteps, self.num_timesteps), strict=True)):
-            raise InputError(f"grid timesteps must ascend within [0, {self.num_timesteps})")
-
+from workers.records import Record as Record
+from workers.timesteps import Interval as Interval
+from workers.timesteps import Partition as Partition
+from workers.timesteps import SimilarityMatrix as SimilarityMatrix
+from workers.timesteps import derive_seed as derive_seed
+from workers.timesteps import digest_of as digest_of
+from workers.timesteps import interval_index as interval_index
 
 # --- architectures --------------------------------------------------------------------------------------------------
 
@@ -200,14 +100,31 @@ class SearchSpace(Record):
 
 @dataclass(frozen=True)
 class Cost(Record):
-    """What one forward pass of one image takes. ``macs`` counts multiply-accumulates, attention products included."""
+    """What one forward pass of one image takes.
+
+    ``macs`` counts multiply-accumulates, those of the two attention products (``attention_macs``) included; papers often leave them out.
+    ``latency_ms`` is of a whole batch, by the latency table of the job, if it has one.
+    """
 
     macs: int
     params: int
+    attention_macs: int = 0
     latency_ms: float | None = None
 
+    @property
+    def macs_without_attention(self) -> int:
+        return self.macs - self.attention_macs
 
-METRICS = ("macs",)
+    def of(self, metric: str) -> float:
+        """The figure that a budget of ``metric`` limits."""
+        value = self.macs if metric == "macs" else self.latency_ms
+        assert value is not None, metric
+        return value
+
+
+METRICS = ("macs", "latency")
+REWRITES = ("fold_context", "merge_one_head", "fuse_qkv", "transpose_upsample")
+"""Exact rewrites of a published expert; `workers.rewrites` defines one function for each."""
 
 
 @dataclass(frozen=True)
@@ -251,14 +168,22 @@ class MixturePlan(Record):
         if not len(self.experts) == len(self.shares) == len(self.expert_costs) == len(self.partition):
             raise InputError(f"a plan for {len(self.partition)} intervals needs as many experts, shares and costs")
 
+    def cost(self, metric: str) -> float:
+        """Schedule-weighted cost of one denoising step."""
+        return sum(share * cost.of(metric) for share, cost in zip(self.shares, self.expert_costs, strict=True))
+
     @property
     def macs(self) -> float:
-        """Schedule-weighted MACs of one denoising step."""
-        return sum(share * cost.macs for share, cost in zip(self.shares, self.expert_costs, strict=True))
+        return self.cost("macs")
+
+    @property
+    def macs_ratio(self) -> float:
+        return self.macs / self.dense_cost.macs
 
     @property
     def cost_ratio(self) -> float:
-        return self.macs / self.dense_cost.macs
+        """What the budget limits, as a part of dense."""
+        return self.cost(self.budget.metric) / self.dense_cost.of(self.budget.metric)
 
 
 # --- work that is handed to a worker --------------------------------------------------------------------------------
@@ -307,11 +232,29 @@ class SimilarityTask(Record):
 
 @dataclass(frozen=True)
 class ElasticSettings(Record):
-    """Which sub-networks are legal: widths are multiples of ``width_multiple`` channels; ``depth`` allows dropping whole branches."""
+    """Which sub-networks are legal: widths are multiples of ``width_multiple`` channels; ``depth`` allows dropping whole branches.
+
+    ``unit`` says what a ResBlock loses: whole GroupNorm groups (``group``) or as many channels of every group (``channel_per_group``).
+    ``most_widths``: how many widths a site has at most, spread evenly over the legal ones.
+    """
 
     width_multiple: int
     depth: bool
     importance: str
+    unit: str = "group"
+    most_widths: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class LatencyTask(Record):
+    """Measure a denoiser's latency table on the worker's device, unless ``folder`` holds it."""
+
+    model: str
+    elastic: ElasticSettings
+    batch: int
+    dtype: str
+    compiled: bool
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -348,6 +291,8 @@ class ExpertTask(Record):
     importance_images: int
     seed: int
     flip: bool
+    class_dropout: float = 0.0
+    """Part of the labels that become the null class in training."""
     source: str | None = None
     spec: ArchitectureSpec | None = None
     label: str = ""
@@ -384,6 +329,8 @@ class RouteTask(Record):
     search_seed: int = 0
     """Seed of the agent; ``seed`` alone decides the calibration images' noise, so that all trials see the same."""
     sensitivity: tuple[str, ...] = ()
+    latency: str | None = None
+    """The latency table of a latency budget."""
 
 
 @dataclass(frozen=True)
@@ -397,6 +344,7 @@ class DenoiserRef(Record):
     plan: MixturePlan | None = None
     experts: tuple[ExpertCheckpoint, ...] = ()
     cut_only: bool = False
+    unit: str = "group"
 
 
 @dataclass(frozen=True)
@@ -417,6 +365,7 @@ class EvaluateTask(Record):
     seed: int
     device: str
     out: str
+    guidance_scale: float = 1.0
 
 
 # --- what is published ----------------------------------------------------------------------------------------------

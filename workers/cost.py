@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,22 +13,37 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from workers import families
-from workers.contracts import ArchitectureSpec, BudgetUnreachable, Cost, ElasticSettings, SearchSpace
+from workers.contracts import ArchitectureSpec, BudgetUnreachable, Cost, ElasticSettings, ElasticSite, SearchSpace
 from workers.elastic import extract, search_space
+from workers.latency_table import LatencyTable
+
+ATTENTION_OPS = ("attention", "bmm")
+"""Parts of the names of the operators that multiply queries with keys and weights with values."""
 
 
-def count(model: nn.Module, config: Mapping[str, int]) -> tuple[Cost, dict[str, int]]:
+@dataclass(frozen=True)
+class Count:
+    """MACs of a module, those of attention products apart."""
+
+    macs: int
+    attention_macs: int
+
+
+def count(model: nn.Module, config: Mapping[str, Any]) -> tuple[Cost, dict[str, Count]]:
     """Cost of one forward pass of one image, and the MACs of every named module. ``model`` must lie on the meta device.
 
-    MACs = FLOPs / 2, attention products included (on the CPU the counter would miss them).
+    MACs = FLOPs / 2. Attention products are counted (on the CPU the counter would miss them), and told apart: papers often leave them out.
     """
-    size = config["sample_size"]
-    sample = torch.empty(1, config["in_channels"], size, size, device="meta")
+    args, kwargs = families.example_inputs(config, 1, "meta", torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(sample, torch.empty(1, device="meta"))
+        model(*args, **kwargs)
     prefix = type(model).__name__ + "."
-    modules = {name.removeprefix(prefix): sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
-    return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())), modules
+    modules = {}
+    for name, ops in counter.get_flop_counts().items():
+        attention = sum(flops for op, flops in ops.items() if any(part in str(op) for part in ATTENTION_OPS))
+        modules[name.removeprefix(prefix)] = Count(sum(ops.values()) // 2, attention // 2)
+    total = modules["Global"]
+    return Cost(total.macs, sum(p.numel() for p in model.parameters()), total.attention_macs), modules
 
 
 @dataclass(frozen=True)
@@ -39,23 +54,42 @@ class CostTable:
     dense: Cost
     macs: dict[str, dict[int, int]]
     params: dict[str, dict[int, int]]
+    attention_macs: dict[str, dict[int, int]]
+    latency_ms: dict[str, dict[int, float]] | None = None
+    """By site and choice, where the job has a latency table; ``dense.latency_ms`` is then set too."""
 
     def cost(self, spec: ArchitectureSpec) -> Cost:
-        """Exact cost of one sub-network; equals ``count`` of the extracted model."""
-        saved = [
-            (self.macs[s.name][s.dense] - self.macs[s.name][spec[s.name]], self.params[s.name][s.dense] - self.params[s.name][spec[s.name]])
-            for s in self.space.sites
-        ]
-        return Cost(self.dense.macs - sum(m for m, _ in saved), self.dense.params - sum(p for _, p in saved))
+        """Cost of one sub-network: MACs and parameters equal those that ``count`` finds in the extracted model; latency is predicted."""
 
-    @property
-    def smallest_ratio(self) -> float:
-        """MACs of the smallest sub-network as a part of dense: no budget below it can be met."""
-        return self.cost(self.space.smallest).macs / self.dense.macs
+        def less(table: Mapping[str, Mapping[int, float]]) -> float:
+            return sum(table[site.name][site.dense] - table[site.name][spec[site.name]] for site in self.space.sites)
+
+        macs, params, attention = (int(less(table)) for table in (self.macs, self.params, self.attention_macs))
+        latency = None
+        if self.latency_ms is not None and self.dense.latency_ms is not None:
+            latency = self.dense.latency_ms - less(self.latency_ms)
+        return Cost(self.dense.macs - macs, self.dense.params - params, self.dense.attention_macs - attention, latency)
+
+    def prices(self, metric: str) -> Mapping[str, Mapping[int, float]]:
+        """Site -> choice -> what it costs in the budget's metric."""
+        if metric == "macs":
+            return self.macs
+        assert self.latency_ms is not None
+        return self.latency_ms
+
+    def with_latency(self, table: LatencyTable) -> CostTable:
+        """The same table with predicted times; the dense model's is predicted too, so that errors of the fit cancel in ratios."""
+        return replace(self, dense=replace(self.dense, latency_ms=table.predict(self.space.dense.choices)), latency_ms=table.by_choice)
+
+    def smallest_ratio(self, metric: str = "macs") -> float:
+        """Cost of the cheapest sub-network as a part of dense: no budget below it can be met."""
+        prices = self.prices(metric)
+        cheapest = ArchitectureSpec({s.name: min(s.choices, key=lambda choice, s=s: prices[s.name][choice]) for s in self.space.sites})  # type: ignore[misc]
+        return self.cost(cheapest).of(metric) / self.dense.of(metric)
 
 
 def cost_table(config: dict[str, Any], settings: ElasticSettings) -> CostTable:
-    """Measure the table on the meta device: one forward pass per choice rank, all sites at once. Measured once per process."""
+    """Count the table on the meta device: a few forward passes, all sites at once. Counted once per process."""
     return _cost_table(json.dumps(config), settings)
 
 
@@ -66,28 +100,39 @@ def _cost_table(config_json: str, settings: ElasticSettings) -> CostTable:
         model = families.build(config).eval()
     branches = families.family_of_config(config).sites(model, settings)
     space = search_space(branches)
-    macs: dict[str, dict[int, int]] = {site.name: {} for site in space.sites}
-    params: dict[str, dict[int, int]] = {site.name: {} for site in space.sites}
-    for rank in range(max(len(site.choices) for site in space.sites)):
-        spec = ArchitectureSpec({site.name: site.choices[min(rank, len(site.choices) - 1)] for site in space.sites})
+    corners: list[dict[str, dict[int, int]]] = [{site.name: {} for site in space.sites} for _ in range(3)]
+    # a module's cost is linear in its kept units, so that two widths tell all; a dropped branch is measured by itself
+    for spec in dict.fromkeys((space.smallest, space.narrowest, space.dense)):
         small = extract(model, branches, spec)
-        _, modules = count(small, config)
+        cost, modules = count(small, config)
         for site in space.sites:
-            macs[site.name][spec[site.name]] = modules.get(site.name, 0)
-            params[site.name][spec[site.name]] = sum(p.numel() for p in small.get_submodule(site.name).parameters())
-    dense, _ = count(model, config)
-    return CostTable(space, dense, macs, params)
+            found = modules.get(site.name, Count(0, 0))
+            params = sum(p.numel() for p in small.get_submodule(site.name).parameters())
+            for table, value in zip(corners, (found.macs, params, found.attention_macs), strict=True):
+                table[site.name][spec[site.name]] = value
+    macs, params_, attention = ({site.name: _between(site, table[site.name]) for site in space.sites} for table in corners)
+    return CostTable(space, cost, macs, params_, attention)
 
 
-def require_reachable(table: CostTable, ratio: float, key: str) -> None:
-    """Raises: BudgetUnreachable if even the smallest sub-network costs more than ``ratio`` of dense."""
-    if ratio < table.smallest_ratio:
+def _between(site: ElasticSite, known: Mapping[int, int]) -> dict[int, int]:
+    """Cost of every choice from that of the narrowest, the dense, and the dropped one."""
+    low, high = site.narrowest, site.dense
+    slope = (known[high] - known[low]) // max(1, high - low)
+    assert known[low] + slope * (high - low) == known[high], f"the cost of {site.name} is not linear in its units"
+    return {choice: known[0] if choice == 0 else known[low] + slope * (choice - low) for choice in site.choices}
+
+
+def require_reachable(table: CostTable, ratio: float, key: str, metric: str = "macs") -> None:
+    """Raises: BudgetUnreachable if even the cheapest sub-network costs more than ``ratio`` of dense."""
+    smallest = table.smallest_ratio(metric)
+    if ratio < smallest:
+        what = "MACs" if metric == "macs" else "measured time"
         raise BudgetUnreachable(
-            f"{key} is {ratio:g}, but the smallest mixture needs {table.smallest_ratio:.3f} of the dense model's MACs: "
+            f"{key} is {ratio:g}, but the smallest mixture needs {smallest:.3f} of the dense model's {what}: "
             "raise it, or allow smaller widths (elastic.width_multiple) or dropped branches (elastic.depth)"
         )
 
 
-def weighted(costs: Sequence[Cost], shares: Sequence[float]) -> float:
-    """Schedule-weighted MACs of one denoising step of a mixture."""
-    return sum(share * cost.macs for cost, share in zip(costs, shares, strict=True))
+def weighted(costs: Sequence[Cost], shares: Sequence[float], metric: str = "macs") -> float:
+    """Schedule-weighted cost of one denoising step of a mixture."""
+    return sum(share * cost.of(metric) for cost, share in zip(costs, shares, strict=True))

@@ -5,6 +5,7 @@ Legend: B = rows asked for, C = channels, H = W = size of the denoiser's images.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import io
@@ -33,7 +34,8 @@ MODES = {1: "L", 3: "RGB"}
 RESIZE_FILTER = Image.Resampling.LANCZOS
 MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb
 BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20  # a record batch has at most so many rows and about so many bytes
-WINDOW = 64  # images read ahead of the writer, decoded in threads
+WINDOW = 64  # images read ahead of who uses them, decoded in threads
+REPAIR = "repair or remove it, or set data.on_error: skip"
 
 
 class _Source(NamedTuple):
@@ -45,9 +47,19 @@ class _Source(NamedTuple):
 
 
 class _Item(NamedTuple):
+    row: int
     name: str
     payload: Path | bytes | None
     label: int | None = None
+
+
+class Decoded(NamedTuple):
+    """One image of a data set: item ``row``, uint8 [C, H, W], or None if it cannot be read."""
+
+    row: int
+    name: str
+    pixels: np.ndarray | None
+    label: int | None
 
 
 def resolve(path: str) -> Path:
@@ -95,7 +107,7 @@ def check(path: str, channels: int, size: int, resize: bool) -> int:
     """
     _check_channels(channels)
     source = _find(path)
-    count = len(source.images) + sum(_open_parquet(source.root / name).metadata.num_rows for name in source.parquet)
+    count = _count(source)
     if not count:
         raise InputError(f"data.path: no images under {path}: its Parquet files have no rows")
     found, payload = (size, size), next(_items(source)).payload
@@ -105,6 +117,29 @@ def check(path: str, channels: int, size: int, resize: bool) -> int:
     if found != (size, size) and not resize:
         raise InputError(f"data.path: images are {_misfit(found, size)}")
     return count
+
+
+class ImageReader:
+    """The images of one data set, found once and read in any range of its items: what the latent cache is made from.
+
+    ``count`` items, in the order of the image cache; ``has_labels``: some Parquet file has labels. Raises: InputError as ``check`` does.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._source = _find(path)
+        self.count = _count(self._source)
+        self.has_labels = _has_any_labels(self._source)
+
+    def identity(self) -> str:
+        return _identity(self._source)
+
+    def read(self, task: ImageTask, start: int, stop: int, ahead: int = WINDOW) -> Iterator[Decoded]:
+        """Items [start, stop), in order; the next ``ahead`` are decoded in threads meanwhile. ``task.path`` and ``task.out`` are not used.
+
+        Raises: InputError naming the image that does not fit, or cannot be read and is not to be skipped; OSError if storage fails.
+        """
+        _check_channels(task.channels)
+        return _decoded(self._source, task, start, stop, ahead)
 
 
 class ImageCache:
@@ -286,21 +321,47 @@ def _has_labels(file: Path) -> bool:
     return "label" in schema.names and pa.types.is_integer(schema.field("label").type)
 
 
-def _items(source: _Source) -> Iterator[_Item]:
-    """Every image, undecoded, in the cache's order; only a few Parquet rows at a time are in memory."""
-    yield from (_Item(name, source.root / name) for name in source.images)
+def _has_any_labels(source: _Source) -> bool:
+    return any(_has_labels(source.root / name) for name in source.parquet)
+
+
+def _count(source: _Source) -> int:
+    return len(source.images) + sum(_open_parquet(source.root / name).metadata.num_rows for name in source.parquet)
+
+
+def _items(source: _Source, start: int = 0, stop: int | None = None) -> Iterator[_Item]:
+    """The images [start, stop), undecoded, in the cache's order; only a few Parquet rows at a time are in memory."""
+    yield from (_Item(row, name, source.root / name) for row, name in enumerate(source.images[start:stop], start))
+    first = 0
     for name in source.parquet:
-        file = source.root / name
+        opened = _open_parquet(source.root / name)
+        rows = opened.metadata.num_rows
+        below, above = max(start - first, 0), rows if stop is None else min(stop - first, rows)
+        if below < above:
+            yield from (item._replace(row=first + item.row) for item in _parquet_items(name, source.root / name, opened, below, above))
+        first += rows
+
+
+def _parquet_items(name: str, file: Path, opened: pq.ParquetFile, start: int, stop: int) -> Iterator[_Item]:
+    """Rows [start, stop) of one file; row groups outside are not read, rows before ``start`` in its group are not unpacked."""
+    sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+    starts = [0, *itertools.accumulate(sizes)]
+    groups = [i for i, size in enumerate(sizes) if starts[i] < stop and start < starts[i] + size]
+    row = starts[groups[0]]
+    try:
         columns = ["image", "label"] if _has_labels(file) else ["image"]
-        row = itertools.count()
-        try:
-            for batch in _open_parquet(file).iter_batches(WINDOW, columns=columns):
-                for record in batch.to_pylist():
-                    image = record["image"]
-                    payload = image["bytes"] if isinstance(image, dict) else image
-                    yield _Item(f"{name} row {next(row)}", payload, record.get("label"))
-        except pa.ArrowException as error:
-            raise InputError(f"data.path: {file} is damaged after row {next(row)}: {_reason(error)}") from error
+        for batch in opened.iter_batches(WINDOW, row_groups=groups, columns=columns):
+            skip, row = max(start - row, 0), row + len(batch)
+            at = row - len(batch) + skip
+            for record in batch.slice(skip, max(stop - at, 0)).to_pylist():
+                image = record["image"]
+                payload = image["bytes"] if isinstance(image, dict) else image
+                yield _Item(at, f"{name} row {at}", payload, record.get("label"))
+                at += 1
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # storage failed; Arrow's own has no number
+            raise
+        raise InputError(f"data.path: {file} is damaged after row {row}: {_reason(error)}") from error
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -349,26 +410,32 @@ def _decode(item: _Item, task: ImageTask) -> np.ndarray | str:
     return np.asarray(image).reshape(task.size, task.size, task.channels).transpose(2, 0, 1)
 
 
-def _decoded(source: _Source, task: ImageTask, skipped: list[str]) -> Iterator[tuple[np.ndarray, int | None]]:
-    """(uint8 [C, H, W], label) of every readable image, in order; the names of the others are added to ``skipped``."""
-    items = _items(source)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        while window := list(itertools.islice(items, WINDOW)):
-            for item, decoded in zip(window, threads.map(_decode, window, itertools.repeat(task)), strict=False):
-                if not isinstance(decoded, str):
-                    yield decoded, item.label
-                elif task.on_error == "skip":
-                    skipped.append(item.name)
-                else:
-                    remedy = "repair or remove it, or set data.on_error: skip"
-                    raise InputError(f"data.path: {item.name} cannot be read ({decoded}): {remedy}")
+def _decoded(source: _Source, task: ImageTask, start: int = 0, stop: int | None = None, ahead: int = WINDOW) -> Iterator[Decoded]:
+    """Images [start, stop) in order, up to ``ahead`` of them being decoded while the caller is busy with the last one.
+
+    Raises: InputError for an unreadable image, unless it is to be skipped.
+    """
+    items = _items(source, start, stop)
+    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        waiting = collections.deque((item, threads.submit(_decode, item, task)) for item in itertools.islice(items, ahead))
+        while waiting:
+            item, decoding = waiting.popleft()
+            decoded = decoding.result()
+            for following in itertools.islice(items, 1):
+                waiting.append((following, threads.submit(_decode, following, task)))
+            if isinstance(decoded, str) and task.on_error != "skip":
+                raise InputError(f"data.path: {item.name} cannot be read ({decoded}): {REPAIR}")
+            yield Decoded(item.row, item.name, None if isinstance(decoded, str) else decoded, item.label)
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _write(path: Path, about: dict[str, Any], source: _Source, task: ImageTask) -> None:
     """Stream every image into an Arrow file. A last batch without rows carries what is known only at the end: the skipped names."""
     width = int(np.prod(about["shape"]))
     fields = [pa.field("image", pa.binary(width), nullable=False)]
-    if any(_has_labels(source.root / name) for name in source.parquet):
+    if _has_any_labels(source):
         fields.append(pa.field("label", pa.int64()))
     schema = pa.schema(fields, metadata={ABOUT: json.dumps(about)})
 
@@ -377,7 +444,15 @@ def _write(path: Path, about: dict[str, Any], source: _Source, task: ImageTask) 
         return pa.record_batch(columns[: len(fields)], schema=schema)
 
     skipped: list[str] = []
-    decoded = _decoded(source, task, skipped)
+
+    def readable() -> Iterator[tuple[np.ndarray, int | None]]:
+        for image in _decoded(source, task):
+            if image.pixels is None:
+                skipped.append(image.name)
+            else:
+                yield image.pixels, image.label
+
+    decoded = readable()
     with path.open("wb") as file:
         with pa.ipc.new_file(file, schema) as writer:
             while rows := list(itertools.islice(decoded, max(1, min(BATCH_ROWS, BATCH_BYTES // width)))):

@@ -1,4 +1,4 @@
-"""Noising, targets, samplers: which timesteps are trained, which are sampled, and by whom. B images [B, C, H, W] in [-1, 1]."""
+"""Noising, targets, samplers: which timesteps are trained, which are sampled, and by whom. Samples [B, C, H, W]: pixels or latents."""
 
 from __future__ import annotations
 
@@ -104,16 +104,17 @@ def draw_timesteps(interval: Interval, num_timesteps: int, count: int, outside_f
 
 
 @torch.no_grad()
-def sample(model: Callable[..., Any], sampler: Any, steps: int, seeds: Sequence[int], shape: tuple[int, int, int], device: str) -> Tensor:
-    """Images [B, C, H, W] in [-1, 1], one per seed. Every image has its own generator, so a batch changes nothing.
+def sample(
+    predict: Callable[[Tensor, Any], Tensor], sampler: Any, steps: int, seeds: Sequence[int], shape: tuple[int, int, int], device: str
+) -> Tensor:
+    """Samples [B, C, H, W] in the denoiser's scale, one per seed. Every sample has its own generator, so a batch changes nothing.
 
-    ``model(sample, timestep)`` answers with an object that has ``.sample``, like every diffusers denoiser.
+    ``predict(x, t)`` answers with the denoiser's output [B, C, H, W].
     """
     gens = [torch.Generator().manual_seed(seed) for seed in seeds]
     sampler.set_timesteps(steps)
     x = torch.stack([torch.randn(shape, generator=gen) for gen in gens]).to(device) * sampler.init_noise_sigma
     extra = {"generator": gens} if type(sampler).__name__ in ("DDPMScheduler", "DDIMScheduler") else {}
     for t in sampler.timesteps:
-        predicted = model(sampler.scale_model_input(x, t), t).sample
-        x = sampler.step(predicted, t, x, **extra).prev_sample
-    return x.clamp(-1, 1)
+        x = sampler.step(predict(sampler.scale_model_input(x, t), t), t, x, **extra).prev_sample
+    return x

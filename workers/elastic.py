@@ -1,8 +1,8 @@
 """Elastic denoisers: many sub-networks in one set of weights, run by slicing, searched by gates, extracted as plain modules.
 
-A branch is one residual branch of the network. Its inner units (GroupNorm groups of a ResBlock, heads of an attention) are
-ordered by importance, so that "keep k" means the first k, and an architecture is one small integer per site. The residual stream
-keeps its shape, so no branch depends on another. One description of a branch (`Branch`) serves all four uses:
+A branch is one residual branch of the network. Its inner units (groups or channels of a ResBlock, heads of an attention, channels of
+a feed-forward) are ordered by importance, so that "keep k" means the first k, and an architecture is one small integer per site. The
+residual stream keeps its shape, so no branch depends on another. One description of a branch (`Branch`) serves all four uses:
 `ElasticDenoiser` (sliced execution), `gated` (differentiable masks), `extract` (small plain modules) and `reorder` (importance).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from workers.contracts import ArchitectureSpec, ElasticSite, SearchSpace
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter that shrinks with its branch: units lie along ``dim``, ``lead`` times over (2: scale and shift share a projection)."""
+    """A parameter that shrinks with its branch: units lie along ``dim``, ``lead`` times over.
+
+    A scale-shift projection or a GEGLU holds every unit twice; a layer whose unit is one channel of each of G norm groups, G times.
+    """
 
     parameter: str
     dim: int
@@ -37,14 +40,21 @@ class Branch:
     site: ElasticSite
     units: int
     cuts: tuple[Cut, ...]
-    counter: str
-    """The attribute that counts the kept units, e.g. ``down_blocks.0.resnets.0.norm2.num_groups``."""
-    gate: str
-    """The module that reads the units (conv2, to_out): the gate goes right before it, after every normalisation."""
+    readers: tuple[str, ...]
+    """The modules that read the units (conv2, to_out, the feed-forward's last layer): gates go right before them, after every
+    normalisation. (A gate before norm2 would leave norm2 a bias: 8.4% error.)"""
+    output: str
+    """The module whose output the branch adds to the residual stream."""
     channel_dim: int
-    """Where the gate module's input has its channels: 1 for a convolution, -1 for a linear layer."""
+    """Where a reader's input has its channels: 1 for a convolution, -1 for a linear layer."""
     drop: Callable[[Any], nn.Module]
     """The block without its branch: what remains is the shortcut."""
+    counter: str | None = None
+    """The attribute that counts the kept units, e.g. ``down_blocks.0.resnets.0.norm2.num_groups``, where there is one."""
+    groups: int = 1
+    """In how many runs of ``units`` the channels lie: units are ordered within each run, and kept alike in all of them."""
+    norm: str | None = None
+    """The GroupNorm whose statistics change with the kept units, because a unit is a part of its groups."""
 
     @property
     def block(self) -> str:
@@ -79,14 +89,15 @@ def _structure(model: nn.Module, branches: Sequence[Branch], spec: ArchitectureS
                 block = model.get_submodule(branch.block)
                 block.forward = branch.drop(block).forward
                 dropped.append(block)
-            elif keep < branch.units:
+            elif branch.counter is not None:
                 _set(model, branch.counter, keep)
         yield
     finally:
         for block in dropped:
             del block.forward
         for branch in branches:
-            _set(model, branch.counter, branch.units)
+            if branch.counter is not None:
+                _set(model, branch.counter, branch.units)
 
 
 class ElasticDenoiser(nn.Module):
@@ -121,10 +132,11 @@ class ElasticDenoiser(nn.Module):
 
 @contextlib.contextmanager
 def gated(model: nn.Module, branches: Sequence[Branch], gates: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Within the context, site ``s`` multiplies its units by ``gates[s][0]`` [units] and its whole branch by ``gates[s][1]`` (scalar).
+    """Within the context, site ``s`` multiplies its units by ``gates[s][0]`` and its whole branch by ``gates[s][1]`` (scalar).
 
-    With 0/1 gates the output equals that of the sliced and of the extracted sub-network. Gates must keep their gradient, so the dense
-    network is computed: for search and importance, not for speed. (A gate before norm2 would leave norm2 a bias: 8.4% error.)
+    A units gate is [units], or [groups, units] where every run of units has its own. With 0/1 gates the output equals that of the
+    sliced and of the extracted sub-network. Gates must keep their gradient, so the dense network is computed: for search and
+    importance, not for speed.
     """
     handles = []
     try:
@@ -132,20 +144,43 @@ def gated(model: nn.Module, branches: Sequence[Branch], gates: Mapping[str, tupl
             if branch.site.name not in gates:
                 continue
             units, keep = gates[branch.site.name]
+            runs = units if units.dim() == 2 else units.expand(branch.groups, -1)
 
-            def before(_: nn.Module, args: tuple[Tensor, ...], units: Tensor = units, dim: int = branch.channel_dim) -> tuple[Tensor, ...]:
-                mask = units.repeat_interleave(args[0].shape[dim] // len(units)).to(args[0])
+            def read(_: nn.Module, args: tuple[Tensor, ...], runs: Tensor = runs, dim: int = branch.channel_dim) -> tuple[Tensor, ...]:
+                mask = _channels(runs, args[0].shape[dim]).to(args[0])
                 return (args[0] * (mask[:, None, None] if dim == 1 else mask), *args[1:])
 
-            def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor, keep: Tensor = keep) -> Tensor:
+            def normalise(norm: Any, args: tuple[Tensor, ...], _: Tensor, runs: Tensor = runs) -> Tensor:
+                return _weighted_group_norm(norm, args[0], _channels(runs, norm.num_channels))
+
+            def add(_: nn.Module, __: tuple[Tensor, ...], output: Tensor, keep: Tensor = keep) -> Tensor:
                 return output * keep.to(output.dtype)
 
-            module = model.get_submodule(branch.gate)
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+            handles += [model.get_submodule(reader).register_forward_pre_hook(read) for reader in branch.readers]
+            handles.append(model.get_submodule(branch.output).register_forward_hook(add))
+            if branch.norm is not None:
+                handles.append(model.get_submodule(branch.norm).register_forward_hook(normalise))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _channels(runs: Tensor, channels: int) -> Tensor:
+    """Gates of units [groups, units] -> gates of channels [channels]."""
+    return runs.repeat_interleave(channels // runs.numel(), dim=1).flatten()
+
+
+def _weighted_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor) -> Tensor:
+    """GroupNorm of [B, C, H, W] whose statistics count channel c ``mask[c]`` times: with 0/1 masks, the norm of the kept channels."""
+    weight = mask.float().view(norm.num_groups, -1)
+    weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
+    groups = x.float().unflatten(1, (norm.num_groups, -1))
+    mean = (groups.mean((-1, -2)) * weight).sum(2)[..., None, None, None]
+    centred = groups - mean
+    variance = (centred.square().mean((-1, -2)) * weight).sum(2)[..., None, None, None]
+    normal = (centred * (variance + norm.eps).rsqrt()).flatten(1, 2).to(x.dtype)
+    return normal * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
 def gates_of(branches: Sequence[Branch], spec: ArchitectureSpec) -> dict[str, tuple[Tensor, Tensor]]:
@@ -174,7 +209,8 @@ def extract(model: nn.Module, branches: Sequence[Branch], spec: ArchitectureSpec
                 kept = _take(parameter.detach(), cut, branch.units, keep).clone()
                 _set(small, cut.parameter, nn.Parameter(kept, parameter.requires_grad))
                 _describe(small.get_submodule(cut.parameter.rpartition(".")[0]))
-            _set(small, branch.counter, keep)
+            if branch.counter is not None:
+                _set(small, branch.counter, keep)
     return small
 
 
@@ -189,40 +225,47 @@ def _describe(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def reorder(model: nn.Module, branches: Sequence[Branch], orders: Mapping[str, Sequence[int]]) -> None:
-    """Permute the units of each branch in place, most important first. The function of the network does not change."""
+def reorder(model: nn.Module, branches: Sequence[Branch], orders: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """Permute the units of each branch in place, most important first. The function of the network does not change.
+
+    ``orders[site]``: [groups][units], one permutation per run of units.
+    """
+    device = next(model.parameters()).device
     for branch in branches:
-        order = torch.as_tensor(orders[branch.site.name], device=next(model.parameters()).device)
+        order = torch.as_tensor(orders[branch.site.name], device=device)
         for cut in branch.cuts:
             parameter = model.get_parameter(cut.parameter)
-            dim = cut.dim % parameter.dim()
-            split = parameter.unflatten(dim, (cut.lead, branch.units, -1))
-            parameter.copy_(split.index_select(dim + 1, order).flatten(dim, dim + 2))
+            runs = torch.arange(cut.lead, device=device)[:, None] * branch.units + order.repeat(cut.lead // branch.groups, 1)
+            width = parameter.shape[cut.dim] // runs.numel()
+            index = runs.flatten()[:, None] * width + torch.arange(width, device=device)
+            parameter.copy_(parameter.index_select(cut.dim, index.flatten()))
 
 
 def importance_order(
     model: nn.Module, branches: Sequence[Branch], losses: Iterator[Tensor] | Callable[[], Iterator[Tensor]], measure: str = "taylor"
-) -> dict[str, list[int]]:
-    """Units of every branch, most important first.
+) -> dict[str, list[list[int]]]:
+    """Units of every branch, most important first, as `reorder` takes them: [groups][units].
 
     ``taylor``: mean over minibatches of the squared first-order change of the loss when the unit is gated off (dL/dgate);
     ``losses()`` yields one loss per minibatch, computed inside this function's gates.
     ``magnitude``: L2 norm of the weights that read the unit; no data needed.
     """
     if measure == "magnitude":
-        scores = {b.site.name: _by_unit(model.get_submodule(b.gate).get_parameter("weight").detach(), b.units) for b in branches}
+        scores = {b.site.name: sum((_by_unit(model.get_submodule(r), b) for r in b.readers), torch.zeros(())) for b in branches}
     else:
         device = next(model.parameters()).device
-        ones = {b.site.name: torch.ones(b.units, device=device, requires_grad=True) for b in branches}
+        ones = {b.site.name: torch.ones(b.groups, b.units, device=device, requires_grad=True) for b in branches}
         keep = torch.ones((), device=device)
-        total = {name: torch.zeros_like(one) for name, one in ones.items()}
-        with gated(model, branches, {name: (one, keep) for name, one in ones.items()}):
+        scores = {name: torch.zeros_like(one) for name, one in ones.items()}
+        # statistics of a norm are those of the dense network here: one channel less hardly moves them
+        with gated(model, [replace(b, norm=None) for b in branches], {name: (one, keep) for name, one in ones.items()}):
             for loss in losses() if callable(losses) else losses:
                 for name, gradient in zip(ones, torch.autograd.grad(loss, list(ones.values())), strict=True):
-                    total[name] += gradient.square()
-        scores = total
-    return {name: torch.argsort(score, descending=True, stable=True).tolist() for name, score in scores.items()}
+                    scores[name] += gradient.square()
+    return {name: torch.argsort(score, dim=1, descending=True, stable=True).tolist() for name, score in scores.items()}
 
 
-def _by_unit(weight: Tensor, units: int) -> Tensor:
-    return weight.unflatten(1, (units, -1)).transpose(0, 1).flatten(1).norm(dim=1)
+def _by_unit(reader: nn.Module, branch: Branch) -> Tensor:
+    """Squared weights that read each unit: [groups, units]."""
+    weight = reader.get_parameter("weight").detach().cpu()
+    return weight.unflatten(1, (branch.groups, branch.units, -1)).movedim((1, 2), (0, 1)).flatten(2).square().sum(2)

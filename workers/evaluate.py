@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from workers import families
 from workers.contracts import EvaluateTask
-from workers.diffusion import NoiseSchedule, generator, make_sampler, sample, sampler_timesteps, steps_per_expert
+from workers.diffusion import NoiseSchedule, generator, sampler_timesteps, steps_per_expert
 
 
 @torch.no_grad()
-def denoising_losses(model: Any, schedule: NoiseSchedule, images: Tensor, seeds: Sequence[int], timesteps: Sequence[int]) -> np.ndarray:
-    """Squared error of every held-out image [n, C, H, W] at every timestep, mean over its pixels: float64 [n, len(timesteps)].
+def denoising_losses(
+    model: Any, schedule: NoiseSchedule, images: Tensor, told: dict[str, Tensor], seeds: Sequence[int], timesteps: Sequence[int]
+) -> np.ndarray:
+    """Squared error of every held-out sample [n, C, H, W] at every timestep, mean over its numbers: float64 [n, len(timesteps)].
 
     Image i has its own noise, the same at every timestep, from ``seeds[i]``.
     """
@@ -31,28 +31,9 @@ def denoising_losses(model: Any, schedule: NoiseSchedule, images: Tensor, seeds:
     losses = []
     for t in timesteps:
         at = torch.full((len(images),), t, device=images.device)
-        error = model(schedule.noised(images, noise, at), t).sample - schedule.target(images, noise, at)
+        error = model(schedule.noised(images, noise, at), t, **told).sample - schedule.target(images, noise, at)
         losses.append(error.double().square().flatten(1).mean(1).cpu().numpy())
     return np.stack(losses, axis=1)
-
-
-def draw_samples(
-    model: Any,
-    scheduler: str,
-    config: dict[str, Any],
-    steps: int,
-    seeds: Sequence[int],
-    shape: tuple[int, int, int],
-    batch: int,
-    device: str,
-) -> tuple[np.ndarray, float]:
-    """Samples float32 [n, C, H, W] in [-1, 1], one per seed, and the seconds they took."""
-    started = time.perf_counter()
-    parts = [
-        sample(model, make_sampler(scheduler, config), steps, seeds[i : i + batch], shape, device).cpu()
-        for i in range(0, len(seeds), batch)
-    ]
-    return torch.cat(parts).numpy(), time.perf_counter() - started
 
 
 def paired_metrics(samples: np.ndarray, dense: np.ndarray) -> dict[str, float | None]:
@@ -75,15 +56,14 @@ def time_per_step(model: Any, task: EvaluateTask, device: str, repeats: int = 5)
     config = families.load_scheduler_config(task.model)
     timesteps = sampler_timesteps(task.scheduler, config, task.steps)
     served = steps_per_expert(task.partition, timesteps)
-    shape = families.load_config(task.model)
-    x = torch.zeros(task.batch_size, shape["in_channels"], shape["sample_size"], shape["sample_size"], device=device)
+    (x, _), told = families.example_inputs(families.load_config(task.model), task.batch_size, device, torch.float32)
     total = 0.0
     for interval, count in zip(task.partition.intervals, served, strict=True):
         times = []
         for _ in range(repeats + 1):  # the first warms up
             _synchronise(device)
             started = time.perf_counter()
-            model(x, interval.start)
+            model(x, interval.start, **told)
             _synchronise(device)
             times.append(time.perf_counter() - started)
         total += count / len(timesteps) * float(np.median(times[1:]))
@@ -93,23 +73,3 @@ def time_per_step(model: Any, task: EvaluateTask, device: str, repeats: int = 5)
 def _synchronise(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-def write_sample_grid(version: str, scheduler: str, steps: int, seeds: Sequence[int], out: Path, device: str) -> None:
-    """Draw one image per seed from a published version and save them as one PNG, in rows of at most eight.
-
-    Raises: InputError for an unknown scheduler, more steps than training timesteps, or a version that cannot be loaded.
-    """
-    from workers.mixture import MixtureDenoiser
-
-    config = families.load_scheduler_config(version)
-    sampler_timesteps(scheduler, config, steps)  # refuses what cannot be sampled
-    model = MixtureDenoiser.from_pretrained(version).to(device)
-    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    images, _ = draw_samples(model, scheduler, config, steps, list(seeds), shape, 64, device)
-    side = min(8, len(images))
-    blank = np.ones((-len(images) % side, *shape), images.dtype)
-    rows = np.concatenate([images, blank]).reshape(-1, side, *shape)
-    grid = rows.transpose(0, 3, 1, 4, 2).reshape(rows.shape[0] * shape[1], side * shape[2], shape[0])
-    pixels = ((grid + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels.squeeze(-1) if shape[0] == 1 else pixels).save(out, format="PNG")

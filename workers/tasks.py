@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from workers import checkpoint, data, evaluate, families, partition, routers, similarity
+from workers import checkpoint, conditioning, data, evaluate, families, first_stage, latency, latents, partition, routers, similarity
 from workers.contracts import (
     DenoiserRef,
     EvaluateTask,
@@ -24,6 +25,7 @@ from workers.contracts import (
     ExpertTask,
     ImageTask,
     Interval,
+    LatencyTask,
     MixturePlan,
     Progress,
     RouteTask,
@@ -33,10 +35,13 @@ from workers.contracts import (
     derive_seed,
 )
 from workers.cost import cost_table
-from workers.diffusion import NoiseSchedule, draw_timesteps, generator, make_sampler, pixels, sampler_timesteps, steps_per_expert
+from workers.diffusion import NoiseSchedule, draw_timesteps, generator, make_sampler, sampler_timesteps, steps_per_expert
 from workers.elastic import Branch, ElasticDenoiser, extract, importance_order, reorder
 from workers.files import replacing
-from workers.mixture import ANY_WIDTH, MixtureDenoiser
+from workers.generate import Surroundings
+from workers.latency_table import LatencyTable, table_path
+from workers.mixture import MixtureDenoiser, any_width
+from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.training import fit, sandwich
 
@@ -47,6 +52,35 @@ def build_images(session: Session, item: ImageTask) -> dict[str, Any]:
     return {"count": cache.count, "skipped": list(cache.skipped)}
 
 
+def encode_latents(session: Session, item: tuple[latents.EncodeTask, ...]) -> None:
+    """Encode some shards of the latent cache with the job's own first stage."""
+    started, total = time.time(), item[-1].stop - item[0].start
+    unit = f"images {item[0].start}-{item[-1].stop}"
+
+    def on_progress(done: int) -> None:
+        seconds = time.time() - started
+        session.report(Progress("encode", unit, done, total, images_per_s=done / max(seconds, 1e-9), seconds=seconds))
+
+    on_progress(0)
+    latents.encode_shards(item, session.device, on_progress)
+
+
+def measure_latency(session: Session, item: LatencyTask) -> str:
+    """Path of the latency table of this worker's device, measured now unless it is there."""
+    config = families.load_config(item.model)
+    table = latency.find_or_measure(
+        Path(item.folder),
+        config,
+        item.elastic,
+        device=session.device,
+        dtype=item.dtype,
+        batch=item.batch,
+        compiled=item.compiled,
+        on_progress=session.report,
+    )
+    return str(table_path(Path(item.folder), table.identity))
+
+
 def embed_timesteps(session: Session, item: SimilarityTask) -> str:
     """Embed some timesteps of the grid under the named measure; writes float32 [B, len(timesteps), D] to ``item.out``."""
     measure = similarity.measure(item.measure)
@@ -54,9 +88,10 @@ def embed_timesteps(session: Session, item: SimilarityTask) -> str:
     model, minibatches = None, []
     if measure.NEEDS_MODEL:
         model = families.load_denoiser(item.model).to(session.device)
-        images = data.ImageCache.open(item.images)
-        starts = range(0, len(item.rows), item.batch_size)
-        minibatches = [pixels(images.load(item.rows[i : i + item.batch_size]), session.device) for i in starts]
+        images, conditioner = open_samples(item.images), conditioning.load(item.model, session.device)
+        for start in range(0, len(item.rows), item.batch_size):
+            rows = item.rows[start : start + item.batch_size]
+            minibatches.append((images.clean(rows, session.device), conditioner(_labels(images, conditioner, rows, session.device))))
     unit, started, done = f"t{item.timesteps[0]:04d}-{item.timesteps[-1]:04d}", time.time(), 0
 
     def on_timestep() -> None:
@@ -69,6 +104,11 @@ def embed_timesteps(session: Session, item: SimilarityTask) -> str:
     with replacing(Path(item.out)) as path:
         np.save(path, measure.embed(problem, item.timesteps))
     return item.out
+
+
+def _labels(images: Samples, conditioner: conditioning.Conditioner, rows: Sequence[int], device: str) -> Tensor | None:
+    """The classes of some rows, if the denoiser is told any."""
+    return None if conditioner.classes.argument is None else images.labels_of(rows).to(device)
 
 
 def compare_timesteps(session: Session, item: tuple[tuple[SimilarityTask, ...], int, str]) -> SimilarityMatrix:
@@ -146,11 +186,11 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
 
 def _importance(
     session: Session, model: nn.Module, branches: Sequence[Branch], schedule: NoiseSchedule, item: ExpertTask
-) -> dict[str, list[int]]:
+) -> dict[str, list[list[int]]]:
     """Importance of every unit for the denoising loss on the expert's own interval."""
     if item.elastic.importance == "magnitude":
         return importance_order(model, branches, iter(()), "magnitude")
-    images = data.ImageCache.open(item.images)
+    images, conditioner = open_samples(item.images), conditioning.load(item.model, session.device)
     model.to(session.device)
     size = min(16, item.importance_images)
 
@@ -158,10 +198,12 @@ def _importance(
         for start in range(0, item.importance_images, size):
             gen = generator(session.device, item.seed, item.interval.start, "importance", start)
             stop = min(start + size, item.importance_images)
-            clean = pixels(images.load([item.rows[i % len(item.rows)] for i in range(start, stop)]), session.device)
+            rows = [item.rows[i % len(item.rows)] for i in range(start, stop)]
+            clean = images.clean(rows, session.device)
             t = draw_timesteps(item.interval, schedule.num_timesteps, len(clean), 0.0, gen)
             noise = torch.randn(clean.shape, generator=gen, device=clean.device)
-            yield nn.functional.mse_loss(model(schedule.noised(clean, noise, t), t).sample, schedule.target(clean, noise, t))
+            told = conditioner(_labels(images, conditioner, rows, session.device))
+            yield nn.functional.mse_loss(model(schedule.noised(clean, noise, t), t, **told).sample, schedule.target(clean, noise, t))
 
     return importance_order(model, branches, losses, "taylor")
 
@@ -183,19 +225,20 @@ def _calibration(item: RouteTask) -> tuple[list[ElasticDenoiser], list[routers.C
     """Elastic experts and calibration batches, loaded once per worker process however many trials it runs."""
     schedule = NoiseSchedule(families.load_scheduler_config(item.model))
     teacher = families.load_denoiser(item.model).to(item.device)
-    images = data.ImageCache.open(item.images)
+    images, conditioner = open_samples(item.images), conditioning.load(item.model, item.device)
     experts = [load_elastic(expert.path, item.model, item).to(item.device) for expert in item.experts]
     half = len(item.rows) // 2
 
     def batch(interval: Interval, rows: Sequence[int], name: str) -> routers.CalibrationBatch:
         gen = generator(item.device, item.seed, "calibration", name, interval.start)
-        clean = pixels(images.load(rows), item.device)
+        clean = images.clean(rows, item.device)
         # stratified timesteps: the whole interval is seen whatever the number of images
         t = (interval.start + (torch.arange(len(rows), device=clean.device) + 0.5) * interval.length / len(rows)).long()
         noise = torch.randn(clean.shape, generator=gen, device=clean.device)
         noisy = schedule.noised(clean, noise, t)
         with torch.no_grad():
-            return routers.CalibrationBatch(noisy, t, schedule.target(clean, noise, t), teacher(noisy, t).sample)
+            told = conditioner(_labels(images, conditioner, rows, item.device))
+            return routers.CalibrationBatch(noisy, t, schedule.target(clean, noise, t), teacher(noisy, t, **told).sample, told)
 
     search = [batch(interval, item.rows[:half], "search") for interval in item.partition.intervals]
     score = [batch(interval, item.rows[half:], "score") for interval in item.partition.intervals]
@@ -226,13 +269,15 @@ def search_plan(session: Session, item: RouteTask) -> MixturePlan:
     session.report(Progress("route", unit, 0, 1))
     experts, search, score = _calibration(_shared(item))
     table = cost_table(families.load_config(item.model), item.elastic)
+    if item.latency is not None:
+        table = table.with_latency(LatencyTable.load(Path(item.latency)))
     timesteps = sampler_timesteps(item.budget.scheduler, families.load_scheduler_config(item.model), item.budget.steps)
     served = steps_per_expert(item.partition, timesteps)
     shares = tuple(count / len(timesteps) for count in served)
     tables = [
         {s: {int(c): v for c, v in row.items()} for s, row in json.loads(Path(path).read_text()).items()} for path in item.sensitivity
     ]
-    problem = routers.RouteProblem(experts, table, shares, item.budget.ratio, search, score, tables)
+    problem = routers.RouteProblem(experts, table, shares, item.budget.ratio, search, score, tables, item.budget.metric)
     rng = random.Random(derive_seed(item.seed, item.search_seed, item.agent, item.budget.name))
     specs = routers.agent(item.agent).search(problem, item.settings, rng)
     # an expert that this sampler never calls costs and teaches nothing: it gets the uniform architecture, in case another sampler does
@@ -253,7 +298,7 @@ def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
         return families.load_denoiser(model_path)
     config = families.load_config(model_path)
     with torch.device("meta"):
-        mixture: Any = MixtureDenoiser.of(config, ref.plan.partition.boundaries, ref.plan.experts)
+        mixture: Any = MixtureDenoiser.of(config, ref.plan.partition.boundaries, ref.plan.experts, ref.unit)
     if not ref.cut_only:
         for expert, saved in zip(mixture.experts, ref.experts, strict=True):
             expert.load_state_dict(checkpoint.read(saved.path, prefix="ema.")[0], assign=True)
@@ -261,7 +306,7 @@ def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
     experts = []
     for spec, saved in zip(ref.plan.experts, ref.experts, strict=True):
         dense = families.load_denoiser(model_path)
-        branches = families.family_of_config(config).sites(dense, ANY_WIDTH)
+        branches = families.family_of_config(config).sites(dense, any_width(ref.unit))
         reorder(dense, branches, checkpoint.read(saved.path, prefix="no tensor")[1]["orders"])
         experts.append(extract(dense, branches, spec))
     mixture.experts = nn.ModuleList(experts)
@@ -272,16 +317,17 @@ def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
 def evaluate_shard(session: Session, item: EvaluateTask) -> str:
     """Samples from fixed noise and held-out denoising losses of one denoiser on one shard, as ``item.out`` (npz)."""
     model = load_reference(item.denoiser, item.model).to(session.device)
-    schedule, config = NoiseSchedule(families.load_scheduler_config(item.model)), families.load_scheduler_config(item.model)
-    images = data.ImageCache.open(item.images)
+    schedule = NoiseSchedule(families.load_scheduler_config(item.model))
+    images, around = open_samples(item.images), Surroundings.load(item.model, session.device)
     started, losses = time.time(), []
     session.report(Progress("publish", item.denoiser.label, 0, 1))
     for start in range(0, len(item.rows), item.batch_size):
         rows = item.rows[start : start + item.batch_size]
         seeds = [derive_seed(item.seed, row) for row in rows]
-        losses.append(evaluate.denoising_losses(model, schedule, pixels(images.load(rows), session.device), seeds, item.timesteps))
-    samples, seconds = evaluate.draw_samples(
-        model, item.scheduler, config, item.steps, item.noise_seeds, images.shape, item.batch_size, session.device
+        told = around.conditioner(_labels(images, around.conditioner, rows, session.device))
+        losses.append(evaluate.denoising_losses(model, schedule, images.clean(rows, session.device), told, seeds, item.timesteps))
+    samples, seconds = around.draw(
+        model, item.scheduler, item.steps, item.noise_seeds, images.shape, item.batch_size, guidance_scale=item.guidance_scale
     )
     session.report(Progress("publish", item.denoiser.label, 1, 1, seconds=time.time() - started))
     with replacing(Path(item.out)) as path:
@@ -312,15 +358,20 @@ def summarise(session: Session, item: tuple[tuple[EvaluateTask, ...], str]) -> d
     return metrics
 
 
-def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, str, str]) -> str:
-    """Write a published version's files: the mixture (config and weights, float32) and the base model's scheduler.
+def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, str, tuple[str, ...], str]) -> str:
+    """Write a published version's files: the mixture (config and weights, float32, rewritten exactly as asked), its sampler, and what
+    of the base model stands around it: first stage and class embedder.
 
     Raises: RunFailed if the weights cannot be written.
     """
-    ref, model_path, scheduler, out = item
+    ref, model_path, scheduler, rewrites, out = item
     mixture: Any = load_reference(ref, model_path)
+    mixture.rewrite(rewrites)
     try:
         mixture.save_pretrained(out, safe_serialization=True)
+        for part in (first_stage.locate(model_path), Path(model_path) / conditioning.EMBEDDER):
+            if part is not None and part.is_dir():
+                shutil.copytree(part, Path(out) / part.name, dirs_exist_ok=True)
     except SafetensorError as error:  # a full disk, which safetensors does not report as OSError
         raise RunFailed(f"the mixture cannot be written to {out}: {error}: the same command again continues") from error
     make_sampler(scheduler, families.load_scheduler_config(model_path)).save_pretrained(Path(out) / "scheduler")

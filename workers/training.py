@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from workers import checkpoint, data
+from workers import checkpoint, conditioning, data
 from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Progress, RunFailed, SearchSpace, TrainSettings, derive_seed
-from workers.diffusion import NoiseSchedule, draw_timesteps, generator, pixels
+from workers.diffusion import NoiseSchedule, draw_timesteps, generator
 from workers.elastic import ElasticDenoiser
+from workers.samples import Samples, open_samples
 from workers.session import Session
 
 Networks = Callable[[int], Sequence[ArchitectureSpec | None]]
@@ -88,6 +89,15 @@ def expert_loss(
     )
 
 
+class Batch(NamedTuple):
+    """One rank's rows of one step: clean samples and noise [B, C, H, W], timesteps [B], and what else the denoiser is told."""
+
+    clean: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    told: dict[str, Tensor]
+
+
 @dataclass
 class Trainer:
     """What one step needs. The model is not wrapped in DistributedDataParallel, whose bookkeeping breaks on sub-networks that leave
@@ -103,15 +113,16 @@ class Trainer:
     taught_features: Features
     settings: TrainSettings
 
-    def step(self, step: int, clean: Tensor, timesteps: Tensor, noise: Tensor, networks: Sequence[ArchitectureSpec | None]) -> Tensor:
-        """One optimiser step on clean images [B, C, H, W]; returns the mean loss over the sub-networks (0-d, on the device)."""
+    def step(self, step: int, batch: Batch, networks: Sequence[ArchitectureSpec | None]) -> Tensor:
+        """One optimiser step; returns the mean loss over the sub-networks (0-d, on the device)."""
+        clean, timesteps, noise, told = batch
         noisy, target = self.schedule.noised(clean, noise, timesteps), self.schedule.target(clean, noise, timesteps)
         with torch.no_grad(), self.accelerator.autocast():
-            taught, taught_features = self.teacher(noisy, timesteps).sample, self.taught_features.take()
+            taught, taught_features = self.teacher(noisy, timesteps, **told).sample, self.taught_features.take()
         total = torch.zeros((), device=clean.device)
         for spec in networks:
             with self.accelerator.autocast():
-                predicted = self.model(noisy, timesteps, spec)
+                predicted = self.model(noisy, timesteps, spec, **told)
             loss = expert_loss(predicted, self.features.take(), taught, taught_features, target, self.settings) / len(networks)
             self.accelerator.backward(loss)
             total += loss.detach()
@@ -187,12 +198,13 @@ def fit(
     ``about`` goes into every checkpoint's description. Raises: RunFailed if the loss is not finite.
     """
     started, settings = time.time(), task.train
-    images = data.ImageCache.open(task.images)
+    images, conditioner = open_samples(task.images), conditioning.load(task.model)
     AcceleratorState._reset_state()  # in one process (--inline) the last run may have had another precision
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=session.device == "cpu")
     device = accelerator.device
     teacher.to(device).requires_grad_(False)
     elastic.to(device)
+    conditioner.to(device)
     ema = AveragedModel(elastic, multi_avg_fn=_ema_update(settings.ema_decay)).requires_grad_(False)
     hooks = Features(elastic.model, features)
     optimizer = torch.optim.AdamW(
@@ -223,7 +235,7 @@ def fit(
     first, told, every = step, 0.0, max(1, settings.steps // 100)
     report(step, "resumed" if step else "")
     while step < settings.steps:
-        loss = trainer.step(step, *_batch(task, images, schedule, step, device, session), networks(step))
+        loss = trainer.step(step, _batch(task, images, conditioner, schedule, step, device, session), networks(step))
         step += 1
         due = step % settings.checkpoint_every == 0 or step == settings.steps
         if step % every == 0 or due:
@@ -241,16 +253,22 @@ def fit(
 
 
 def _batch(
-    task: ExpertTask, images: data.ImageCache, schedule: NoiseSchedule, step: int, device: torch.device, session: Session
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's clean images, timesteps and noise of one step: its rows of the whole batch, which is the same for any number of ranks."""
+    task: ExpertTask,
+    images: Samples,
+    conditioner: conditioning.Conditioner,
+    schedule: NoiseSchedule,
+    step: int,
+    device: torch.device,
+    session: Session,
+) -> Batch:
+    """This rank's rows of the batch of one step. The whole batch is drawn on every rank, so that it is the same for any number of them."""
     size, mine = task.train.batch_size, slice(session.rank, None, session.world_size)
-    positions = data.order(len(task.rows), size, step, task.seed)
+    rows = [task.rows[p] for p in data.order(len(task.rows), size, step, task.seed)]
     gen = generator(device, task.seed, task.interval.start, "train", step)
-    flip = torch.rand(size, 1, 1, 1, generator=gen, device=device) < 0.5
+    flip = torch.rand(size, generator=torch.Generator().manual_seed(gen.initial_seed())) < 0.5 if task.flip else None  # on the CPU: no wait
     timesteps = draw_timesteps(task.interval, schedule.num_timesteps, size, task.train.outside_fraction, gen)
     noise = torch.randn(size, *images.shape, generator=gen, device=device)
-    clean = pixels(images.load([task.rows[p] for p in positions[mine]]), device)
-    if task.flip:
-        clean = torch.where(flip[mine], clean.flip(-1), clean)
-    return clean, timesteps[mine], noise[mine]
+    clean = images.clean(rows, device, flip, gen, mine)
+    labels = None if conditioner.classes.argument is None else images.labels_of(rows).to(device)
+    labels = conditioner.forget(labels, task.class_dropout, gen)
+    return Batch(clean, timesteps[mine], noise[mine], conditioner(None if labels is None else labels[mine]))

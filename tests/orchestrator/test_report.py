@@ -85,7 +85,7 @@ def finished_run(
     store = RunStore(folder / "run")
     pipeline = Pipeline(STAGES, job.model_dump(mode="json"), {"model": "ab" * 32, "data.path": "cd" * 32}, store)
     space = SearchSpace(SITES)
-    prepared = Prepared(job, store, pipeline, CostTable(space, DENSE, {}, {}), 1000)
+    prepared = Prepared(job, store, pipeline, CostTable(space, DENSE, {}, {}, {}), 1000)
 
     partition, grid = Partition.from_boundaries(boundaries, T), tuple(range(50, T, 100))
     similarity = 1 - np.abs(np.subtract.outer(grid, grid)) / T

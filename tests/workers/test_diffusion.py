@@ -1,7 +1,5 @@
 """Noise, targets and samplers: formulas by hand, and a batch that changes nothing."""
 
-from types import SimpleNamespace
-
 import diffusers
 import numpy as np
 import pytest
@@ -27,9 +25,9 @@ def model(emoji) -> torch.nn.Module:
     return families.load_denoiser(emoji)
 
 
-def halve(x: Tensor, t: Tensor) -> SimpleNamespace:
+def halve(x: Tensor, t: Tensor) -> Tensor:
     """A denoiser without rounding, so that equal means equal."""
-    return SimpleNamespace(sample=x / 2)
+    return x / 2
 
 
 # --- timesteps of training ------------------------------------------------------------------------------------------
@@ -157,9 +155,9 @@ def test_more_steps_than_training_timesteps_are_refused(name, config):
 def test_the_model_is_called_at_the_samplers_timesteps_noisiest_first(name, steps, config):
     seen = []
 
-    def denoise(x: Tensor, t: Tensor) -> SimpleNamespace:
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
         seen.append(float(t))
-        return SimpleNamespace(sample=torch.zeros_like(x))
+        return torch.zeros_like(x)
 
     sample(denoise, make_sampler(name, config), steps, [0], SHAPE, "cpu")
     assert seen == sampler_timesteps(name, config, steps)
@@ -171,7 +169,7 @@ def test_the_model_is_called_at_the_samplers_timesteps_noisiest_first(name, step
 def test_the_first_input_of_the_model_has_unit_variance(name, config):
     seen = []
 
-    def denoise(x: Tensor, t: Tensor) -> SimpleNamespace:
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
         seen.append(x)
         return halve(x, t)
 
@@ -186,14 +184,16 @@ def test_a_batch_samples_what_its_images_sample_alone(name, config):
         assert torch.equal(sample(halve, make_sampler(name, config), 7, [seed], SHAPE, "cpu")[0], image)
     assert not torch.allclose(together[0], together[1], atol=0.1)
     assert together.shape == (3, *SHAPE)
-    assert float(together.abs().max()) <= 1
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "unipc"])
 def test_a_real_model_samples_in_a_batch_what_it_samples_alone(name, config, model):
-    together = sample(model, make_sampler(name, config), 3, [7, 8], SHAPE, "cpu")
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t).sample
+
+    together = sample(predict, make_sampler(name, config), 3, [7, 8], SHAPE, "cpu")
     for image, seed in zip(together, (7, 8), strict=True):
-        assert torch.allclose(sample(model, make_sampler(name, config), 3, [seed], SHAPE, "cpu")[0], image, atol=1e-5)
+        assert torch.allclose(sample(predict, make_sampler(name, config), 3, [seed], SHAPE, "cpu")[0], image, atol=1e-5)
 
 
 @every_sampler
@@ -208,9 +208,9 @@ def test_a_perfect_denoiser_finds_the_clean_image(name, config):
     """The denoiser that knows x_0: its noise is (x_t - sqrt(abar) x_0) / sqrt(1 - abar), and every sampler must end at x_0."""
     clean = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
 
-    def denoise(x: Tensor, t: Tensor) -> SimpleNamespace:
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
         a = abar(t.round().long().view(1))
-        return SimpleNamespace(sample=((x - a.sqrt() * clean) / (1 - a).sqrt()).float())
+        return ((x - a.sqrt() * clean) / (1 - a).sqrt()).float()
 
     found = sample(denoise, make_sampler(name, config), 50, [3], SHAPE, "cpu")
     assert float((found - clean).abs().max()) < 1e-3

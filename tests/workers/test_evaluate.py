@@ -68,7 +68,7 @@ def test_the_denoising_loss_is_that_of_the_ddpm_equation(emoji):
     abar = schedule.scheduler.alphas_cumprod[400]
     with torch.no_grad():
         predicted = model(abar.sqrt() * images + (1 - abar).sqrt() * noise, 400).sample
-    found = evaluate.denoising_losses(model, schedule, images, [9], [400])
+    found = evaluate.denoising_losses(model, schedule, images, {}, [9], [400])
     assert found[0, 0] == pytest.approx(float((predicted - noise).square().mean()), rel=1e-4)
 
 

@@ -14,6 +14,7 @@ from workers import families, routers
 from workers.contracts import BudgetUnreachable, ElasticSettings, ElasticSite, InputError, RouteSettings, RunFailed
 from workers.cost import cost_table
 from workers.elastic import ElasticDenoiser
+from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation
 from workers.routers import CalibrationBatch, RouteProblem, Specs, era, greedy, measure_sensitivity, uniform
 
 ELASTIC = ElasticSettings(width_multiple=1, depth=True, importance="magnitude")
@@ -108,13 +109,52 @@ def test_a_full_budget_is_met_at_no_more_than_the_dense_loss(roomy, name):
 
 @every_agent
 def test_the_smallest_reachable_budget_is_reached(roomy, name):
-    problem = with_ratio(roomy, roomy.table.smallest_ratio)
+    problem = with_ratio(roomy, roomy.table.smallest_ratio())
     assert search(name, problem) == (problem.space.smallest,) * 2
 
 
+@pytest.fixture(scope="module")
+def timed(roomy) -> RouteProblem:
+    """Time instead of MACs, with what hardware does: the narrowest width of every site is slower than the next one, some than dense."""
+    sites = {}
+    for i, site in enumerate(roomy.space.sites):
+        row = {choice: 1.0 + choice / site.dense for choice in site.choices}
+        row[site.narrowest] = 1.9 if i % 2 else 2.5
+        sites[site.name] = {str(choice): ms for choice, ms in (row | ({0: 0.1} if 0 in row else {})).items()}
+    identity = LatencyIdentity("none", "float32", 1, 16, False, "none", "0", "0", None)
+    table = roomy.table.with_latency(LatencyTable(identity, 10.0, sites, 10.0 + 2 * len(sites), LatencyValidation(0, 0.0, 0.0)))
+    return dataclasses.replace(roomy, table=table, metric="latency")
+
+
+@every_agent
+@pytest.mark.parametrize("ratio", [0.8, 0.5])
+def test_a_latency_budget_is_met_in_time_even_where_narrower_is_slower(timed, name, ratio):
+    problem = with_ratio(timed, ratio)
+    plan = search(name, problem)
+    assert routers.check_plan(problem, plan) is plan
+    time = sum(s * problem.table.cost(spec).latency_ms for s, spec in zip(problem.shares, plan, strict=True))
+    assert time <= ratio * problem.table.dense.latency_ms + 1e-9
+    assert problem.loss(plan) <= problem.loss(search("uniform", problem)) + 1e-6
+
+
+def test_greedy_never_pays_more_for_less(timed):
+    plan = search("greedy", with_ratio(timed, 0.8))
+    for k, spec in enumerate(plan):
+        for site in timed.space.sites:
+            rises, now = timed.sensitivity[k][site.name], spec[site.name]
+            better = [c for c in site.choices if rises[c] < rises[now] and timed.price(site.name, c) <= timed.price(site.name, now)]
+            assert not better, (site.name, now, better)
+
+
+def test_an_impossible_latency_budget_is_refused_in_terms_of_time(timed):
+    smallest = timed.table.smallest_ratio("latency")
+    with pytest.raises(BudgetUnreachable, match=f"needs {smallest:.3f} of the dense model's measured time"):
+        with_ratio(timed, smallest * 0.99)
+
+
 def test_an_impossible_budget_is_refused_before_any_search(roomy):
-    with pytest.raises(BudgetUnreachable, match=f"needs {roomy.table.smallest_ratio:.3f} of the dense model's MACs"):
-        with_ratio(roomy, roomy.table.smallest_ratio * 0.99)
+    with pytest.raises(BudgetUnreachable, match=f"needs {roomy.table.smallest_ratio():.3f} of the dense model's MACs"):
+        with_ratio(roomy, roomy.table.smallest_ratio() * 0.99)
 
 
 @every_agent

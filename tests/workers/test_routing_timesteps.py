@@ -21,7 +21,7 @@ from workers import diffusion, families
 from workers.contracts import ArchitectureSpec, InputError, Partition
 from workers.diffusion import make_sampler, sampler_timesteps, steps_per_expert
 from workers.elastic import extract, search_space
-from workers.mixture import ANY_WIDTH, MixtureDenoiser
+from workers.mixture import MixtureDenoiser, any_width
 
 ROOT = Path(__file__).parents[2]
 T = 1000
@@ -41,7 +41,7 @@ SMALLEST_BASE = json.loads(
 def space_of(config: dict):
     with torch.device("meta"):
         model = families.build(config)
-    return search_space(families.family_of_config(config).sites(model, ANY_WIDTH))
+    return search_space(families.family_of_config(config).sites(model, any_width("group")))
 
 
 SMALLEST = space_of(SMALLEST_BASE).smallest
@@ -243,7 +243,7 @@ def test_a_mixture_holds_its_experts_extracted(mixture, sample):
     config = mixture.config["base"]
     with torch.device("meta"):
         dense = families.build(config)
-    branches = families.family_of_config(config).sites(dense, ANY_WIDTH)
+    branches = families.family_of_config(config).sites(dense, any_width("group"))
     for expert, choices in zip(mixture.experts, mixture.config["architectures"], strict=True):
         small: nn.Module = extract(dense, branches, ArchitectureSpec(choices))
         assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in expert.named_parameters()}

@@ -22,7 +22,7 @@ every_measure = pytest.mark.parametrize("name", similarity.names())
 @pytest.fixture(scope="module")
 def problem(emoji) -> SimilarityProblem:
     torch.manual_seed(0)
-    minibatches = [torch.randn(2, 3, 16, 16).clamp(-1, 1) for _ in range(2)]
+    minibatches = [(torch.randn(2, 3, 16, 16).clamp(-1, 1), {}) for _ in range(2)]
     schedule = NoiseSchedule(families.load_scheduler_config(emoji))
     return SimilarityProblem(schedule, minibatches, families.family("unet2d").tiny(), buckets=512, seed=1)
 
@@ -126,7 +126,7 @@ def test_all_timesteps_of_a_minibatch_share_their_noise(problem):
     similarity.measure("gradient").embed(dataclasses.replace(problem, model=recorder), TIMESTEPS)
     abar = problem.schedule.scheduler.alphas_cumprod[TIMESTEPS]
     seen = torch.stack(recorder.seen).unflatten(0, (len(TIMESTEPS), len(problem.minibatches))).transpose(0, 1)
-    clean = torch.stack(list(problem.minibatches))[:, None]
+    clean = torch.stack([clean for clean, _ in problem.minibatches])[:, None]
     weight = abar.view(1, -1, 1, 1, 1, 1)
     noise = (seen - weight.sqrt() * clean) / (1 - weight).sqrt()
     assert torch.allclose(noise[:, 1:], noise[:, 1:2].expand_as(noise[:, 1:]), atol=1e-5)

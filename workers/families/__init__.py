@@ -1,11 +1,13 @@
 """Model families: one file each. A family loads a denoiser, lists its elastic branches and offers a tiny model for tests.
 
 A family module defines
-    CLASS_NAME                      the diffusers class in the model's config.json
+    CLASS_NAMES                     the classes in the model's config.json that it handles
     build(config) -> nn.Module      an untrained model of that config; works on the meta device
     load(folder)                    (pretrained float32 model, {"missing_keys", "unexpected_keys"})
     check(config) -> None           raises InputError for a config it cannot handle
     sites(model, settings)          its elastic branches
+    conditioning(config)            the argument by which the denoiser is told its class, or None
+    example_inputs(config, batch, device, dtype)    arguments of a forward pass, for counting and timing
     features(model) -> list[str]    modules whose outputs are distilled; their shapes never change
     tiny() -> nn.Module             a small random model for the contract tests
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ from workers import extension, names_in
 from workers.contracts import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -60,7 +64,8 @@ def _denoiser_folder(folder: Path) -> Path:
     raise InputError(f"model.path: {folder} holds no unet/config.json: it is not a diffusers pipeline folder")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises: InputError."""
     try:
         value = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -71,23 +76,24 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
-    """The denoiser's config. Raises: InputError."""
-    return _read_json(_denoiser_folder(Path(folder)) / "config.json")
+    """The dense denoiser's config; in the folder of a mixture, that of its base. Raises: InputError."""
+    config = read_json(_denoiser_folder(Path(folder)) / "config.json")
+    return config["base"] if config.get("_class_name") == "MixtureDenoiser" else config
 
 
 def load_scheduler_config(folder: str | Path) -> dict[str, Any]:
     """The pipeline's scheduler config. Raises: InputError."""
     for candidate in (Path(folder) / "scheduler" / "scheduler_config.json", Path(folder) / "scheduler_config.json"):
         if candidate.is_file():
-            return _read_json(candidate)
+            return read_json(candidate)
     raise InputError(f"model.path: {folder} holds no scheduler/scheduler_config.json")
 
 
 def family_of_config(config: dict[str, Any]) -> ModuleType:
     """The family of a denoiser's config, which it has checked. Raises: InputError."""
-    found = [module for module in map(family, names()) if config.get("_class_name") == module.CLASS_NAME]
+    found = [module for module in map(family, names()) if config.get("_class_name") in module.CLASS_NAMES]
     if not found:
-        classes = ", ".join(f"{name} ({family(name).CLASS_NAME})" for name in names())
+        classes = ", ".join(f"{name} ({', '.join(family(name).CLASS_NAMES)})" for name in names())
         raise InputError(f"model.path: a {config.get('_class_name')} is of no known model family: known are {classes}")
     found[0].check(config)
     return found[0]
@@ -96,6 +102,11 @@ def family_of_config(config: dict[str, Any]) -> ModuleType:
 def family_name(folder: str | Path) -> str:
     """The name of the family that handles the denoiser in ``folder``. Raises: InputError."""
     return family_of_config(load_config(folder)).__name__.rpartition(".")[2]
+
+
+def example_inputs(config: Mapping[str, Any], batch: int, device: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of one forward pass of ``batch`` images: random sample, a timestep each, zeros for the conditioning."""
+    return family_of_config(dict(config)).example_inputs(config, batch, device, dtype)
 
 
 def build(config: dict[str, Any]) -> nn.Module:
@@ -128,15 +139,9 @@ def load_denoiser(folder: str | Path) -> nn.Module:
 
 
 def check_files(folder: str | Path) -> None:
-    """See that the pipeline works in pixels and that its weight files are whole, by their headers alone. Raises: InputError."""
+    """See that the denoiser's weight files are whole, by their headers alone. Raises: InputError."""
     from safetensors import SafetensorError, safe_open
 
-    index = Path(folder) / "model_index.json"
-    first_stage = [name for name in ("vae", "vqvae") if index.is_file() and name in _read_json(index)]
-    if first_stage:
-        raise InputError(
-            f"model.path: {folder} is a latent diffusion pipeline ({first_stage[0]}), which is not supported yet: give a pixel-space one"
-        )
     where = _denoiser_folder(Path(folder))
     files = sorted(where.glob("*.safetensors"))
     if not files:
@@ -150,11 +155,16 @@ def check_files(folder: str | Path) -> None:
 
 
 def model_digest(folder: str | Path) -> str:
-    """sha256 over the denoiser's and the scheduler's configs and weights: the model's identity, wherever it lies."""
+    """sha256 over the configs and weights of the denoiser, what it is told by, and the scheduler: the model's identity, wherever it lies.
+
+    The first stage is not in it: the latents that it makes have their own identity.
+    """
     where, digest = _denoiser_folder(Path(folder)), hashlib.sha256()
-    for value in (load_config(folder), load_scheduler_config(folder)):
+    embedder = Path(folder) / "class_embedder"
+    configs = [load_config(folder), load_scheduler_config(folder), *([read_json(embedder / "config.json")] if embedder.is_dir() else [])]
+    for value in configs:
         digest.update(json.dumps({k: v for k, v in value.items() if k != "_name_or_path"}, sort_keys=True).encode())
-    for weights in sorted(where.glob("*.safetensors")):
+    for weights in (*sorted(where.glob("*.safetensors")), *sorted(embedder.glob("*.safetensors"))):
         with weights.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

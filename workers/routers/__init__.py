@@ -42,6 +42,8 @@ class CalibrationBatch:
     timesteps: Tensor
     target: Tensor
     taught: Tensor
+    told: dict[str, Tensor] = field(default_factory=dict)
+    """What else the denoiser is told, first dimension n."""
 
     def loss(self, predicted: Tensor) -> Tensor:
         """(distillation error + denoising error) / the dense model's denoising error: comparable across intervals, 1 for a perfect copy."""
@@ -60,19 +62,24 @@ class RouteProblem:
     search_batches: Sequence[CalibrationBatch]
     score_batches: Sequence[CalibrationBatch]
     sensitivity: Sequence[Sensitivity]
+    metric: str = "macs"
     _cache: dict[tuple[int, ArchitectureSpec], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises: BudgetUnreachable, at once, if no plan can meet the budget."""
-        require_reachable(self.table, self.ratio, "budgets.ratio")
+        require_reachable(self.table, self.ratio, "budgets.ratio", self.metric)
 
     @property
     def space(self) -> SearchSpace:
         return self.table.space
 
     def cost_ratio(self, specs: Specs) -> float:
-        """Schedule-weighted MACs relative to dense."""
-        return weighted([self.table.cost(spec) for spec in specs], self.shares) / self.table.dense.macs
+        """Schedule-weighted cost relative to dense."""
+        return weighted([self.table.cost(spec) for spec in specs], self.shares, self.metric) / self.table.dense.of(self.metric)
+
+    def price(self, site: str, choice: int) -> float:
+        """What one choice of one site costs, relative to the whole dense model."""
+        return self.table.prices(self.metric)[site][choice] / self.table.dense.of(self.metric)
 
     def within_budget(self, specs: Specs) -> bool:
         return self.cost_ratio(specs) <= self.ratio + 1e-9
@@ -93,20 +100,21 @@ class RouteProblem:
         return sum(self.shares[k] * float(self._expert_loss(k, spec, self.score_batches[k])) for k, spec in enumerate(specs))
 
     def _expert_loss(self, k: int, spec: ArchitectureSpec, batch: CalibrationBatch) -> Tensor:
-        return batch.loss(self.experts[k](batch.noisy, batch.timesteps, spec))
+        return batch.loss(self.experts[k](batch.noisy, batch.timesteps, spec, **batch.told))
 
     def gated_loss(self, k: int, gates: Mapping[str, tuple[Tensor, Tensor]], rows: Sequence[int]) -> Tensor:
         """Loss of expert k under differentiable gates, on some rows of its search batch; the gradient reaches the gates."""
         batch, expert = self.search_batches[k], self.experts[k]
-        part = CalibrationBatch(batch.noisy[rows], batch.timesteps[rows], batch.target[rows], batch.taught[rows])
+        told = {name: value[rows] for name, value in batch.told.items()}
+        part = CalibrationBatch(batch.noisy[rows], batch.timesteps[rows], batch.target[rows], batch.taught[rows], told)
         with gated(expert.model, expert.branches, gates):
-            return part.loss(expert.model(part.noisy, part.timesteps).sample)
+            return part.loss(expert.model(part.noisy, part.timesteps, **told).sample)
 
 
 def measure_sensitivity(expert: ElasticDenoiser, batch: CalibrationBatch, points: int = 4) -> dict[str, dict[int, float]]:
     """Loss rise for every site and choice, the rest dense. At most ``points`` choices a site are measured, those between interpolated."""
     with torch.no_grad():
-        base = float(batch.loss(expert(batch.noisy, batch.timesteps)))
+        base = float(batch.loss(expert(batch.noisy, batch.timesteps, **batch.told)))
         rises: dict[str, dict[int, float]] = {}
         for site in expert.space.sites:
             last = len(site.choices) - 1
@@ -114,7 +122,7 @@ def measure_sensitivity(expert: ElasticDenoiser, batch: CalibrationBatch, points
             known = {last: 0.0}
             for rank in ranks:
                 spec = expert.space.dense.replace(site.name, site.choices[rank])
-                known[rank] = float(batch.loss(expert(batch.noisy, batch.timesteps, spec))) - base
+                known[rank] = float(batch.loss(expert(batch.noisy, batch.timesteps, spec, **batch.told))) - base
             rises[site.name] = {choice: _between(known, rank) for rank, choice in enumerate(site.choices)}
     return rises
 

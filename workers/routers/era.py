@@ -103,22 +103,20 @@ def search(problem: RouteProblem, settings: RouteSettings, rng: random.Random) -
 def _agent_loss(agent: Agent, problem: RouteProblem, settings: RouteSettings, noise: torch.Generator, rng: random.Random) -> Tensor:
     """Expert loss of one sampled plan + cost term. Every expert sees the same number of its calibration images."""
     quality = cost = torch.zeros((), device=noise.device)
-    dense = problem.table.dense.macs
     for k, logits in enumerate(agent()):
-        gates, macs = {}, torch.tensor(float(dense), device=noise.device)
+        gates, price = {}, torch.ones((), device=noise.device)
         for site, (width, depth) in zip(problem.space.sites, logits, strict=True):
             chosen, keep = _sample(width, depth, site, settings.temperature, noise)
             widths = torch.tensor(_widths(site), device=noise.device)
             units = torch.arange(site.dense, device=noise.device)
             gates[site.name] = (chosen @ (units[None] < widths[:, None]).float(), keep)
-            table = problem.table.macs[site.name]
-            branch = chosen @ torch.tensor([float(table[w]) for w in _widths(site)], device=noise.device)
-            dropped = float(table.get(0, 0))
-            macs = macs - table[site.dense] + keep * branch + (1 - keep) * dropped
+            branch = chosen @ torch.tensor([problem.price(site.name, width) for width in _widths(site)], device=noise.device)
+            dropped = problem.price(site.name, 0) if site.choices[0] == 0 else 0.0
+            price = price - problem.price(site.name, site.dense) + keep * branch + (1 - keep) * dropped
         rows = rng.sample(range(len(problem.search_batches[k].noisy)), min(settings.era_batch, len(problem.search_batches[k].noisy)))
         if problem.shares[k] > 0:
             quality = quality + problem.shares[k] * problem.gated_loss(k, gates, rows)
-        cost = cost + problem.shares[k] * macs / dense
+        cost = cost + problem.shares[k] * price
     return quality.clamp_min(1e-8).log() + settings.cost_weight * (cost / problem.ratio).log().abs()
 
 

@@ -1,4 +1,4 @@
-"""Sensitivity-greedy: always cut where the least loss is paid per MAC saved, by tables measured once per expert."""
+"""Sensitivity-greedy: always cut where the least loss is paid per cost saved, by tables measured once per expert."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ def fit_budget(problem: RouteProblem, start: Specs) -> Specs:
 
 
 def _cost_change(problem: RouteProblem, k: int, site: str, old: int, new: int) -> float:
-    macs = problem.table.macs[site]
-    return problem.shares[k] * (macs[new] - macs[old]) / problem.table.dense.macs
+    return problem.shares[k] * (problem.price(site, new) - problem.price(site, old))
 
 
 def _moves(problem: RouteProblem, specs: list[dict[str, int]], down: bool) -> list[tuple[float, int, str, int]]:
-    """Every move of one site: (loss per cost, expert, site, new choice). Down: to any lower choice, so that a bump in the table is
-    jumped over. Up: to any higher one, for a gain in loss (negative price, the best first)."""
+    """Every move of one site: (loss per cost, expert, site, new choice). Down: to any cheaper choice, so that a bump in the table is
+    jumped over. Up: to any choice with a lower loss (negative price, the best first)."""
     moves = []
     for k, choices in enumerate(specs):
         if problem.shares[k] == 0:
@@ -47,9 +46,9 @@ def _moves(problem: RouteProblem, specs: list[dict[str, int]], down: bool) -> li
         for site in problem.space.sites:
             now, rises = choices[site.name], problem.sensitivity[k][site.name]
             for choice in site.choices:
-                if (choice < now) if down else (choice > now):
-                    cost = abs(_cost_change(problem, k, site.name, now, choice))
-                    loss = problem.shares[k] * (rises[choice] - rises[now])
-                    if down or loss < 0:
-                        moves.append((loss / max(cost, 1e-15), k, site.name, choice))
+                cost = _cost_change(problem, k, site.name, now, choice)
+                loss = problem.shares[k] * (rises[choice] - rises[now])
+                if (cost < 0) if down else (loss < 0):
+                    # measured time may fall as a width grows: what costs nothing and helps comes first
+                    moves.append((loss / max(-cost if down else cost, 1e-15), k, site.name, choice))
     return moves

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SimilarityProblem:
-    """What a measure may look at. ``minibatches``: clean images, each [n, C, H, W] in [-1, 1]; ``model`` is None when not needed."""
+    """What a measure may look at. ``minibatches``: clean samples, each [n, C, H, W], and what else the denoiser is told of
+    them; ``model`` is None when not needed."""
 
     schedule: NoiseSchedule
-    minibatches: Sequence[Tensor]
+    minibatches: Sequence[tuple[Tensor, dict[str, Tensor]]]
     model: nn.Module | None
     buckets: int
     seed: int

@@ -53,11 +53,11 @@ def embed(problem: SimilarityProblem, timesteps: Sequence[int]) -> np.ndarray:
     sketch = CountSketch(model, problem.buckets, problem.seed)
     out = np.empty((len(problem.minibatches), len(timesteps), problem.buckets), np.float32)
     for i, t in enumerate(timesteps):
-        for b, clean in enumerate(problem.minibatches):
+        for b, (clean, told) in enumerate(problem.minibatches):
             noise = torch.randn(clean.shape, generator=generator(clean.device, problem.seed, "similarity", b), device=clean.device)
             at = torch.full((len(clean),), t, device=clean.device)
             model.zero_grad(set_to_none=True)
-            predicted = model(schedule.noised(clean, noise, at), at).sample
+            predicted = model(schedule.noised(clean, noise, at), at, **told).sample
             F.mse_loss(predicted, schedule.target(clean, noise, at)).backward()
             out[b, i] = sketch().cpu().numpy()
         problem.on_timestep()

@@ -1,0 +1,105 @@
+"""From noise to images: sampler, classes, guidance and first stage around any denoiser. n samples; images float32 in [-1, 1]."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from workers import conditioning, families, first_stage
+from workers.contracts import InputError
+from workers.diffusion import make_sampler, sample, sampler_timesteps
+from workers.mixture import MixtureDenoiser
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a pipeline folder holds around its denoiser, loaded on one device."""
+
+    scheduler_config: dict[str, Any]
+    conditioner: conditioning.Conditioner
+    first_stage: first_stage.FirstStage | None
+    device: str
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str) -> Surroundings:
+        """Raises: InputError if a part cannot be used."""
+        where = first_stage.locate(folder)
+        stage = None if where is None else first_stage.load(where).to(device)
+        return cls(families.load_scheduler_config(folder), conditioning.load(folder, device), stage, device)
+
+    def draw(
+        self,
+        model: Any,
+        scheduler: str,
+        steps: int,
+        seeds: Sequence[int],
+        shape: tuple[int, int, int],
+        batch: int,
+        labels: Sequence[int] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> tuple[np.ndarray, float]:
+        """Images [n, C, H, W], one per seed, and the seconds that sampling took, decoding included.
+
+        ``labels``: one class per seed; by default drawn from the seeds. ``shape``: of the denoiser's samples.
+        """
+        classes = self.conditioner.classes
+        chosen = classes.of_seeds(seeds) if labels is None else list(labels)
+        started, parts = time.perf_counter(), []
+        for i in range(0, len(seeds), batch):
+            told = None if chosen is None or classes.argument is None else torch.tensor(chosen[i : i + batch], device=self.device)
+            predict = self.conditioner.guide(model, told, guidance_scale)
+            x = sample(predict, make_sampler(scheduler, self.scheduler_config), steps, seeds[i : i + batch], shape, self.device)
+            parts.append(self.decode(x).cpu())
+        return torch.cat(parts).numpy(), time.perf_counter() - started
+
+    @torch.no_grad()
+    def decode(self, samples: Tensor) -> Tensor:
+        """Samples in the denoiser's scale -> images [n, C, H, W] in [-1, 1]."""
+        return (samples if self.first_stage is None else self.first_stage.decode(samples)).clamp(-1, 1)
+
+
+def write_sample_grid(
+    version: str,
+    scheduler: str,
+    steps: int,
+    seeds: Sequence[int],
+    out: Path,
+    device: str,
+    label: int | None = None,
+    guidance_scale: float = 1.0,
+    batch: int = 64,
+) -> None:
+    """Draw one image per seed from a published version and save them as one PNG, in rows of at most eight.
+
+    ``label``: the class of all of them; by default every seed has its own.
+    Raises: InputError for an unknown scheduler, more steps than training timesteps, a class that the model does not have, or a version
+    that cannot be loaded.
+    """
+    around = Surroundings.load(version, device)
+    sampler_timesteps(scheduler, around.scheduler_config, steps)  # refuses what cannot be sampled
+    classes = around.conditioner.classes
+    if label is not None and classes.argument is None:
+        raise InputError(f"--class-label is {label}, but this model is not told a class: leave it out")
+    if label is not None:
+        classes.check(np.array([label]), "--class-label")
+    if guidance_scale != 1 and classes.null is None:
+        raise InputError(f"--guidance-scale is {guidance_scale:g}, but this model has no null class to be guided away from: leave it out")
+    model = MixtureDenoiser.from_pretrained(version).to(device)
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    labels = None if label is None else [label] * len(seeds)
+    images, _ = around.draw(model, scheduler, steps, list(seeds), shape, batch, labels, guidance_scale)
+    side = min(8, len(images))
+    blank = np.ones((-len(images) % side, *images.shape[1:]), images.dtype)
+    rows = np.concatenate([images, blank]).reshape(-1, side, *images.shape[1:])
+    channels, height, width = images.shape[1:]
+    grid = rows.transpose(0, 3, 1, 4, 2).reshape(rows.shape[0] * height, side * width, channels)
+    pixels = ((grid + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels).save(out, format="PNG")
