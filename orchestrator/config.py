@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from workers.contracts import REWRITES, Budget, ElasticSettings, InputError, RouteSettings, TrainSettings
+from workers.contracts import REWRITES, Budget, ElasticSettings, InputError, RouteSettings, Timing, TrainSettings
 
 BUNDLED = Path(__file__).resolve().parent.parent / "jobs"
 PATH_KEYS = (("model", "path"), ("data", "path"))
@@ -160,15 +160,20 @@ class Sampler(Section):
 
 
 class Latency(Section):
-    """What a latency budget is measured under."""
+    """Under what time is measured: that of latency budgets, and that of the published models."""
 
-    batch: Count = Field(64, description="Images per forward pass.")
+    batch: Count = Field(16, description="Images per forward pass.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations.")
     compile: bool = Field(False, description="Residual blocks compiled with torch.compile, as diffusers' compile_repeated_blocks does.")
 
+    def timing(self) -> Timing:
+        return Timing(self.batch, self.dtype, self.compile)
+
 
 class Export(Section):
-    rewrites: list[str] = Field([], description="Exact rewrites of the published experts: same output, fewer operations.")
+    rewrites: list[str] = Field(
+        list(REWRITES), description="Exact rewrites of the published experts: same output, fewer operations. [] leaves them as they are."
+    )
 
 
 class Evaluate(Section):

@@ -270,7 +270,7 @@ STAGES = (
         "publish",
         publish,
         ("finetune",),
-        ("evaluate", "export", "sampler.guidance_scale", "name", "registry"),
+        ("evaluate", "export", "latency", "sampler.guidance_scale", "name", "registry"),
         ignores=("evaluate.batch_size", "evaluate.shards"),
         holds=lambda result: all((Path(version["path"]) / "manifest.json").exists() for version in result["published"].values()),
     ),
@@ -355,8 +355,8 @@ def _latency(ctx: Context) -> str | None:
     job = ctx.job
     if all(budget.metric != "latency" for budget in job.budgets):
         return None
-    settings, elastic = job.latency, job.elastic_settings()
-    item = LatencyTask(job.model.path, elastic, settings.batch, settings.dtype, settings.compile, str(ctx.store.folder / "cache"))
+    elastic = job.elastic_settings()
+    item = LatencyTask(job.model.path, elastic, job.latency.timing(), str(ctx.store.folder / "cache"))
     [path] = ctx.cluster.scatter(tasks.measure_latency, [item])
     table = cost_table(families.load_config(job.model.path), elastic).with_latency(LatencyTable.load(Path(path)))
     for i, budget in enumerate(job.budgets):
@@ -446,7 +446,9 @@ def _measure(ctx: Context, denoisers: dict[str, DenoiserRef]) -> dict[str, dict[
         seed=job.seed,
         device=ctx.cluster.need.device,
         out="",
+        timing=job.latency.timing(),
         guidance_scale=job.sampler.guidance_scale,
+        rewrites=tuple(job.export.rewrites),
     )
     rows = np.array_split(held_out[: settings.images], settings.shards)
     seeds = np.array_split([derive_seed(job.seed, "sample", i) for i in range(settings.samples)], settings.shards)

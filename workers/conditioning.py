@@ -19,22 +19,6 @@ from workers.contracts import InputError, derive_seed
 EMBEDDER = "class_embedder"
 
 
-class ClassEmbedder(ModelMixin, ConfigMixin):
-    """Labels [B] -> context [B, 1, embed_dim]. The last class is the null class of classifier-free guidance."""
-
-    @register_to_config
-    def __init__(self, num_classes: int = 1001, embed_dim: int = 512) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(num_classes, embed_dim)
-
-    @property
-    def null_class(self) -> int:
-        return self.embedding.num_embeddings - 1
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding(labels)[:, None]
-
-
 @dataclass(frozen=True)
 class Classes:
     """What a pipeline's denoiser wants to know of the class. ``argument`` is None for an unconditional one."""
@@ -60,6 +44,40 @@ class Classes:
         return None if self.argument is None else [derive_seed(seed, "class") % self.count for seed in seeds]
 
 
+class ClassEmbedder(ModelMixin, ConfigMixin):
+    """Labels [B] -> context [B, 1, embed_dim].
+
+    Args:
+        num_classes: rows of the embedding, the null class included.
+        null_class: the label that stands for no class in classifier-free guidance: the last one, or None if the model has none.
+    """
+
+    @register_to_config
+    def __init__(self, num_classes: int = 1001, embed_dim: int = 512, null_class: int | None = None) -> None:
+        super().__init__()
+        _classes_of(num_classes, null_class)
+        self.null_class = null_class
+        self.embedding = nn.Embedding(num_classes, embed_dim)
+
+    @property
+    def classes(self) -> Classes:
+        return _classes_of(self.embedding.num_embeddings, self.null_class)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding(labels)[:, None]
+
+
+def _classes_of(num_classes: Any, null_class: Any) -> Classes:
+    """What the numbers of an embedder's config mean. Raises: InputError if they mean nothing."""
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise InputError(f"{EMBEDDER}: num_classes is {num_classes!r}: it is a whole number above 0")
+    if null_class is None:
+        return Classes("encoder_hidden_states", num_classes)
+    if null_class != num_classes - 1 or not null_class:
+        raise InputError(f"{EMBEDDER}: null_class is {null_class!r}: it is the last of {num_classes} classes, after a real one, or null")
+    return Classes("encoder_hidden_states", null_class, null_class)
+
+
 def describe(folder: str | Path) -> Classes:
     """What the configs of a pipeline folder say of classes. Raises: InputError if nothing says how the denoiser is told its class."""
     config = families.load_config(folder)
@@ -75,7 +93,7 @@ def describe(folder: str | Path) -> Classes:
     if found.get("embed_dim") != config["cross_attention_dim"]:
         wanted = config["cross_attention_dim"]
         raise InputError(f"model.path: {EMBEDDER} makes tokens of {found.get('embed_dim')} numbers, the denoiser wants {wanted}")
-    return Classes(argument, found["num_classes"] - 1, found["num_classes"] - 1)
+    return _classes_of(found.get("num_classes"), found.get("null_class"))
 
 
 class Conditioner(nn.Module):
@@ -122,9 +140,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Conditioner:
     classes = describe(folder)
     if classes.argument != "encoder_hidden_states":
         return Conditioner(classes, None).to(device)
+    where, options = Path(folder) / EMBEDDER, {"torch_dtype": torch.float32, "use_safetensors": True}
     try:
-        embedder = ClassEmbedder.from_pretrained(Path(folder) / EMBEDDER, torch_dtype=torch.float32, use_safetensors=True)
+        embedder, found = ClassEmbedder.from_pretrained(where, output_loading_info=True, **options)
     except Exception as error:  # a truncated file, a missing file and a wrong shape each have their own kind
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model.path: the weights in {Path(folder) / EMBEDDER} cannot be read: {reason}") from error
+        raise InputError(f"model.path: the weights in {where} cannot be read: {reason}") from error
+    if odd := [f"{word} {key}" for word in ("missing", "unexpected") for key in found[f"{word}_keys"]]:
+        raise InputError(f"model.path: the weights in {where} do not fit their config: {', '.join(odd[:3])}")
+    if not bool(embedder.embedding.weight.isfinite().all()):
+        raise InputError(f"model.path: the weights in {where} are damaged: they hold NaN or infinity: download them again")
     return Conditioner(classes, embedder).requires_grad_(False).eval().to(device)

@@ -246,14 +246,21 @@ class ElasticSettings(Record):
 
 
 @dataclass(frozen=True)
+class Timing(Record):
+    """Under what a denoiser is timed. ``compiled``: with regional compilation."""
+
+    batch: int
+    dtype: str
+    compiled: bool
+
+
+@dataclass(frozen=True)
 class LatencyTask(Record):
     """Measure a denoiser's latency table on the worker's device, unless ``folder`` holds it."""
 
     model: str
     elastic: ElasticSettings
-    batch: int
-    dtype: str
-    compiled: bool
+    timing: Timing
     folder: str
 
 
@@ -365,7 +372,10 @@ class EvaluateTask(Record):
     seed: int
     device: str
     out: str
+    timing: Timing
     guidance_scale: float = 1.0
+    rewrites: tuple[str, ...] = ()
+    """Exact rewrites under which denoisers are timed and counted, dense too: what is published has them."""
 
 
 # --- what is published ----------------------------------------------------------------------------------------------

@@ -266,6 +266,8 @@ def _about(
         for part in parts
     }
     written["unet"]["weights"] = "ema" if averaged else "plain"
+    if plan.class_embedder is not None:
+        written["class_embedder"]["null_class"] = plan.class_embedder.config["null_class"]
     if scaling is not None:
         written["vqvae"]["scaling_factor"] = scaling
     written["scheduler"] = {"class": "DDIMScheduler", **{k: plan.scheduler[k] for k in ("beta_schedule", "beta_start", "beta_end")}}
@@ -343,9 +345,19 @@ def _readme(about: dict[str, Any]) -> str:
     for name, facts in about["written"].items():
         lines.append(f"| `{name}` | {', '.join(str(v) if k == 'class' else f'{k} {v}' for k, v in facts.items())} |")
     lines += [f"| `{name}` | left out: {why} |" for name, why in about["left_out"].items()]
-    whole = about["pipeline"] == "LDMPipeline" and not about["left_out"]
-    lines += ["", "```python", *(["from diffusers import LDMPipeline"] if whole else []), "from workers.families import load_denoiser", ""]
-    lines += ['unet = load_denoiser("this folder")']
-    lines += ['pipeline = LDMPipeline.from_pretrained("this folder", unet=unet)'] if whole else []
-    lines += ["```", ""]
+    lines += ["", "```python", *_example(about), "```", ""]
     return "\n".join(lines)
+
+
+def _example(about: dict[str, Any]) -> list[str]:
+    pipeline = about["pipeline"]
+    library, arguments = ("diffusers", "") if pipeline == "LDMPipeline" else ("workers.ldm_pipeline", "class_labels=[0, 1]")
+    if about["left_out"]:
+        return ["from workers.families import load_denoiser", "", 'unet = load_denoiser("this folder")']
+    return [
+        *sorted([f"from {library} import {pipeline}", "from workers.families import load_denoiser"]),
+        "",
+        'unet = load_denoiser("this folder")',
+        f'pipeline = {pipeline}.from_pretrained("this folder", unet=unet)',
+        f"images = pipeline({arguments}).images",
+    ]

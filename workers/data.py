@@ -16,41 +16,27 @@ import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from workers.contracts import ImageTask, InputError, derive_seed, digest_of
+from workers.contracts import ImageTask, InputError, derive_seed
+from workers.sources import HUB as HUB
+from workers.sources import IMAGES as IMAGES
+from workers.sources import WINDOW as WINDOW
+from workers.sources import Item, Source, find, reason
+from workers.sources import resolve as resolve
 
 SCHEMA = 1
 ABOUT = b"diffpruning.images"
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # no EPS: opening one would run Ghostscript
-HUB = "hf://datasets/"
 MODES = {1: "L", 3: "RGB"}
 RESIZE_FILTER = Image.Resampling.LANCZOS
 MAX_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb
 BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20  # a record batch has at most so many rows and about so many bytes
-WINDOW = 64  # images read ahead of who uses them, decoded in threads
 REPAIR = "repair or remove it, or set data.on_error: skip"
-
-
-class _Source(NamedTuple):
-    """The files of one data set, as sorted POSIX names relative to ``root``: one of the two tuples is empty."""
-
-    root: Path
-    images: tuple[str, ...]
-    parquet: tuple[str, ...]
-
-
-class _Item(NamedTuple):
-    row: int
-    name: str
-    payload: Path | bytes | None
-    label: int | None = None
 
 
 class Decoded(NamedTuple):
@@ -62,42 +48,22 @@ class Decoded(NamedTuple):
     label: int | None
 
 
-def resolve(path: str) -> Path:
-    """The local folder or file that ``path`` names; ``hf://datasets/ORG/NAME[/sub/folder]`` is downloaded to the Hub's cache.
-
-    Raises: InputError if it does not exist or the Hub refuses.
-    """
-    if not path.startswith("hf://"):
-        local = Path(path).expanduser()
-        if not local.exists():
-            raise InputError(f"data.path: no such file or folder: {path}")
-        return local
-    parts = [part for part in path.removeprefix(HUB).split("/") if part]
-    if not path.startswith(HUB) or len(parts) < 2 or ".." in parts:
-        raise InputError(f"data.path: {path} is not of the form {HUB}ORG/NAME[/sub/folder]")
-    import huggingface_hub
-
-    below = "/".join(parts[2:])
-    suffixes = [case for suffix in (*IMAGES, ".parquet") for case in (suffix, suffix.upper())]
-    patterns = [f"{below}/*{suffix}" if below else f"*{suffix}" for suffix in suffixes] + [below] * bool(below)
-    try:
-        folder = huggingface_hub.snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=patterns)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk is no mistake in data.path
-            raise
-        raise InputError(f"data.path: {path} cannot be downloaded: {_reason(error)}") from error
-    if not (Path(folder) / below).exists():
-        raise InputError(f"data.path: no images or Parquet files in {path}")
-    return Path(folder) / below
-
-
 def identity(path: str) -> str:
     """sha256 (hex) that tells data sets apart without decoding: relative names and sizes in bytes, and each Parquet file's footer.
 
     Does not depend on where the folder lies. Does not notice an image file rewritten at exactly equal size, nor a Parquet file
     rewritten with equal size, layout and column statistics.
     """
-    return _identity(_find(path))
+    return find(path).identity()
+
+
+def labels(path: str) -> np.ndarray | None:
+    """The class of every image, int64 [items], read without the images; None if there are no labels.
+
+    Parquet: the integer column ``label``, -1 where it is null. Image files: the index of the sub-folder of ``path`` that each lies in,
+    in sorted order, if all lie in sub-folders and these are two or more. Raises: InputError if there are no images or labels are damaged.
+    """
+    return find(path).labels()
 
 
 def check(path: str, channels: int, size: int, resize: bool) -> int:
@@ -106,11 +72,11 @@ def check(path: str, channels: int, size: int, resize: bool) -> int:
     Raises: InputError if there is none, a Parquet file has no images, or the first image does not fit and ``resize`` is off.
     """
     _check_channels(channels)
-    source = _find(path)
-    count = _count(source)
+    source = find(path)
+    count = source.count
     if not count:
         raise InputError(f"data.path: no images under {path}: its Parquet files have no rows")
-    found, payload = (size, size), next(_items(source)).payload
+    found, payload = (size, size), next(source.items()).payload
     # an unreadable image is for the build to refuse or skip
     with contextlib.suppress(Exception), _open_image(payload or b"") as image:
         found = image.size
@@ -122,16 +88,16 @@ def check(path: str, channels: int, size: int, resize: bool) -> int:
 class ImageReader:
     """The images of one data set, found once and read in any range of its items: what the latent cache is made from.
 
-    ``count`` items, in the order of the image cache; ``has_labels``: some Parquet file has labels. Raises: InputError as ``check`` does.
+    ``count`` items, in the order of the image cache; ``has_labels``: ``labels`` has some. Raises: InputError as ``check`` does.
     """
 
     def __init__(self, path: str) -> None:
-        self._source = _find(path)
-        self.count = _count(self._source)
-        self.has_labels = _has_any_labels(self._source)
+        self._source = find(path)
+        self.count = self._source.count
+        self.has_labels = self._source.has_labels
 
     def identity(self) -> str:
-        return _identity(self._source)
+        return self._source.identity()
 
     def read(self, task: ImageTask, start: int, stop: int, ahead: int = WINDOW) -> Iterator[Decoded]:
         """Items [start, stop), in order; the next ``ahead`` are decoded in threads meanwhile. ``task.path`` and ``task.out`` are not used.
@@ -176,7 +142,7 @@ class ImageCache:
         except InputError:
             raise
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is not a complete image cache ({_reason(error)}): remove it and run again") from error
+            raise InputError(f"{path} is not a complete image cache ({reason(error)}): remove it and run again") from error
 
     def load(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 [B, C, H, W], a copy, in the order asked for. Raises: IndexError outside [0, count)."""
@@ -198,10 +164,10 @@ def build_cache(task: ImageTask) -> ImageCache:
     Raises: InputError naming the image that does not fit or cannot be read; OSError if storage fails. Neither leaves a file.
     """
     _check_channels(task.channels)
-    source, out = _find(task.path), Path(task.out)
+    source, out = find(task.path), Path(task.out)
     resized = RESIZE_FILTER.name.lower() if task.resize else None
     shape = [task.channels, task.size, task.size]
-    about = {"schema": SCHEMA, "shape": shape, "channels": MODES[task.channels], "resize": resized, "identity": _identity(source)}
+    about = {"schema": SCHEMA, "shape": shape, "channels": MODES[task.channels], "resize": resized, "identity": source.identity()}
     with contextlib.suppress(InputError):
         cache = ImageCache.open(out)
         if cache.about == about and (task.on_error == "skip" or not cache.skipped):
@@ -243,9 +209,6 @@ def _epoch(count: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(count)
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
-
-
 def _check_channels(channels: int) -> None:
     if channels not in MODES:
         raise InputError(f"the model wants {channels} channels; images have 1 or 3")
@@ -253,115 +216,6 @@ def _check_channels(channels: int) -> None:
 
 def _misfit(found: tuple[int, int], size: int) -> str:
     return f"{found[0]}x{found[1]}, the model wants {size}x{size}: set data.resize: true to centre-crop and resize"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _find(path: str) -> _Source:
-    root = resolve(path)
-    names, root = ([root.name], root.parent) if root.is_file() else (sorted(_walk(root)), root)
-    images = tuple(name for name in names if name.lower().endswith(IMAGES))
-    parquet = tuple(name for name in names if name.lower().endswith(".parquet"))
-    if images and parquet:
-        raise InputError(f"data.path: {path} holds both images ({images[0]}) and Parquet ({parquet[0]}): point it at one kind")
-    if not images and not parquet:
-        raise InputError(f"data.path: no images under {path} (looked for {', '.join(IMAGES)} and .parquet)")
-    return _Source(root, images, parquet)
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Relative POSIX names of the files below, through links to folders but never round in circles; hidden ones are not data."""
-
-    def fail(error: OSError) -> NoReturn:  # os.walk would pass over a folder it cannot read
-        raise error
-
-    for folder, below, files in os.walk(root, onerror=fail, followlinks=True):
-        above = Path(folder).resolve()
-        targets = {name: Path(folder, name).resolve() for name in below}
-        below[:] = [name for name in below if not name.startswith(".") and not above.is_relative_to(targets[name])]
-        yield from (Path(folder, name).relative_to(root).as_posix() for name in files if not name.startswith("."))
-
-
-def _identity(source: _Source) -> str:
-    sizes = [[name, (source.root / name).stat().st_size] for name in (*source.images, *source.parquet)]
-    return digest_of({"files": sizes, "footers": [_footer(source.root / name) for name in source.parquet]})
-
-
-def _footer(file: Path) -> str:
-    """A Parquet file ends with its footer, the footer's length in 4 bytes, and PAR1."""
-    _open_parquet(file)
-    with file.open("rb") as stream:
-        stream.seek(-8, os.SEEK_END)
-        length = int.from_bytes(stream.read(4), "little")
-        stream.seek(-8 - length, os.SEEK_END)
-        return stream.read(length).hex()
-
-
-def _open_parquet(file: Path) -> pq.ParquetFile:
-    """Raises: InputError if it is no Parquet or has no images."""
-    try:
-        opened = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # page by page, not a row group at once
-    except pa.ArrowException as error:
-        raise InputError(f"data.path: {file} is not a readable Parquet file: {_reason(error)}") from error
-    schema = opened.schema_arrow
-    kind = schema.field("image").type if "image" in schema.names else None
-    if kind is not None and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if kind is None or not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise InputError(
-            f"data.path: {file} has no column image of struct{{bytes, path}} or binary; its columns: {', '.join(schema.names)}"
-        )
-    return opened
-
-
-def _has_labels(file: Path) -> bool:
-    schema = _open_parquet(file).schema_arrow
-    return "label" in schema.names and pa.types.is_integer(schema.field("label").type)
-
-
-def _has_any_labels(source: _Source) -> bool:
-    return any(_has_labels(source.root / name) for name in source.parquet)
-
-
-def _count(source: _Source) -> int:
-    return len(source.images) + sum(_open_parquet(source.root / name).metadata.num_rows for name in source.parquet)
-
-
-def _items(source: _Source, start: int = 0, stop: int | None = None) -> Iterator[_Item]:
-    """The images [start, stop), undecoded, in the cache's order; only a few Parquet rows at a time are in memory."""
-    yield from (_Item(row, name, source.root / name) for row, name in enumerate(source.images[start:stop], start))
-    first = 0
-    for name in source.parquet:
-        opened = _open_parquet(source.root / name)
-        rows = opened.metadata.num_rows
-        below, above = max(start - first, 0), rows if stop is None else min(stop - first, rows)
-        if below < above:
-            yield from (item._replace(row=first + item.row) for item in _parquet_items(name, source.root / name, opened, below, above))
-        first += rows
-
-
-def _parquet_items(name: str, file: Path, opened: pq.ParquetFile, start: int, stop: int) -> Iterator[_Item]:
-    """Rows [start, stop) of one file; row groups outside are not read, rows before ``start`` in its group are not unpacked."""
-    sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-    starts = [0, *itertools.accumulate(sizes)]
-    groups = [i for i, size in enumerate(sizes) if starts[i] < stop and start < starts[i] + size]
-    row = starts[groups[0]]
-    try:
-        columns = ["image", "label"] if _has_labels(file) else ["image"]
-        for batch in opened.iter_batches(WINDOW, row_groups=groups, columns=columns):
-            skip, row = max(start - row, 0), row + len(batch)
-            at = row - len(batch) + skip
-            for record in batch.slice(skip, max(stop - at, 0)).to_pylist():
-                image = record["image"]
-                payload = image["bytes"] if isinstance(image, dict) else image
-                yield _Item(at, f"{name} row {at}", payload, record.get("label"))
-                at += 1
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # storage failed; Arrow's own has no number
-            raise
-        raise InputError(f"data.path: {file} is damaged after row {row}: {_reason(error)}") from error
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -387,7 +241,7 @@ def _upright(payload: bytes, mode: str) -> Image.Image:
     return image.convert("RGB").convert(mode) if image.mode != mode else image
 
 
-def _decode(item: _Item, task: ImageTask) -> np.ndarray | str:
+def _decode(item: Item, task: ImageTask) -> np.ndarray | str:
     """uint8 [C, H, W], or the reason why the image cannot be read. Raises: InputError if it does not fit; OSError from storage."""
     # Storage is read before decoding starts, so that its failures never pass for corrupt images and get skipped.
     payload = item.payload.read_bytes() if isinstance(item.payload, Path) else item.payload
@@ -400,7 +254,7 @@ def _decode(item: _Item, task: ImageTask) -> np.ndarray | str:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise almost anything on bad bytes
-        return _reason(error)
+        return reason(error)
     if image.size != (task.size, task.size):
         if not task.resize:
             raise InputError(f"data.path: {item.name} is {_misfit(image.size, task.size)}")
@@ -410,12 +264,12 @@ def _decode(item: _Item, task: ImageTask) -> np.ndarray | str:
     return np.asarray(image).reshape(task.size, task.size, task.channels).transpose(2, 0, 1)
 
 
-def _decoded(source: _Source, task: ImageTask, start: int = 0, stop: int | None = None, ahead: int = WINDOW) -> Iterator[Decoded]:
+def _decoded(source: Source, task: ImageTask, start: int = 0, stop: int | None = None, ahead: int = WINDOW) -> Iterator[Decoded]:
     """Images [start, stop) in order, up to ``ahead`` of them being decoded while the caller is busy with the last one.
 
     Raises: InputError for an unreadable image, unless it is to be skipped.
     """
-    items = _items(source, start, stop)
+    items = source.items(start, stop)
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         waiting = collections.deque((item, threads.submit(_decode, item, task)) for item in itertools.islice(items, ahead))
@@ -431,11 +285,11 @@ def _decoded(source: _Source, task: ImageTask, start: int = 0, stop: int | None 
         threads.shutdown(cancel_futures=True)
 
 
-def _write(path: Path, about: dict[str, Any], source: _Source, task: ImageTask) -> None:
+def _write(path: Path, about: dict[str, Any], source: Source, task: ImageTask) -> None:
     """Stream every image into an Arrow file. A last batch without rows carries what is known only at the end: the skipped names."""
     width = int(np.prod(about["shape"]))
     fields = [pa.field("image", pa.binary(width), nullable=False)]
-    if _has_any_labels(source):
+    if source.has_labels:
         fields.append(pa.field("label", pa.int64()))
     schema = pa.schema(fields, metadata={ABOUT: json.dumps(about)})
 

@@ -5,6 +5,7 @@ Noise is fixed per image (one seed each), so that neither batch size nor shardin
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,9 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from workers import families
 from workers.contracts import EvaluateTask
+from workers.cost import count
 from workers.diffusion import NoiseSchedule, generator, sampler_timesteps, steps_per_expert
+from workers.regional import RegionCompiler
 
 
 @torch.no_grad()
@@ -50,24 +53,37 @@ def paired_metrics(samples: np.ndarray, dense: np.ndarray) -> dict[str, float | 
 
 
 @torch.no_grad()
-def time_per_step(model: Any, task: EvaluateTask, device: str, repeats: int = 5) -> dict[str, float]:
-    """Schedule-weighted time of one denoising step for one batch, in ms: the median of ``repeats`` per expert, nothing else running."""
-    model.to(device)
-    config = families.load_scheduler_config(task.model)
-    timesteps = sampler_timesteps(task.scheduler, config, task.steps)
-    served = steps_per_expert(task.partition, timesteps)
-    (x, _), told = families.example_inputs(families.load_config(task.model), task.batch_size, device, torch.float32)
+def cost_per_step(model: Any, task: EvaluateTask, device: str, repeats: int = 5) -> dict[str, float]:
+    """What one denoising step costs with this very model, weighted by the steps that each expert serves; nothing else may be running.
+
+    ``ms_per_step``: time of a batch of ``task.timing``, the median of ``repeats`` per expert; ``gmacs_per_step``: of one image; on a GPU
+    ``peak_memory_mib``: the most that weights and activations of the batch take. The model is converted to the timing's dtype for good.
+    """
+    config, timing = families.load_config(task.model), task.timing
+    timesteps = sampler_timesteps(task.scheduler, families.load_scheduler_config(task.model), task.steps)
+    shares = [count / len(timesteps) for count in steps_per_expert(task.partition, timesteps)]
+    experts = list(getattr(model, "experts", [model] * len(shares)))
+    gmacs = sum(share * count(copy.deepcopy(e).to("meta"), config)[0].macs / 1e9 for share, e in zip(shares, experts, strict=True))
+    dtype = getattr(torch, timing.dtype)
+    (x, _), told = families.example_inputs(config, timing.batch, device, dtype)
+    model.to(device, dtype)
+    if timing.compiled:
+        RegionCompiler().compile(model)
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     total = 0.0
-    for interval, count in zip(task.partition.intervals, served, strict=True):
+    for interval, share in zip(task.partition.intervals, shares, strict=True):
         times = []
-        for _ in range(repeats + 1):  # the first warms up
+        for _ in range(repeats + 2):  # the first two compile and warm up
             _synchronise(device)
             started = time.perf_counter()
             model(x, interval.start, **told)
             _synchronise(device)
             times.append(time.perf_counter() - started)
-        total += count / len(timesteps) * float(np.median(times[1:]))
-    return {"ms_per_step": 1e3 * total}
+        total += share * float(np.median(times[2:]))
+    memory = {"peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20} if cuda else {}
+    return {"ms_per_step": 1e3 * total, "gmacs_per_step": gmacs, **memory}
 
 
 def _synchronise(device: str) -> None:

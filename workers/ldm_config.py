@@ -16,6 +16,7 @@ import yaml
 from workers.contracts import InputError
 
 GROUPS = 32  # of every GroupNorm in CompVis' networks
+IMAGENET_AND_NULL = 1001
 TRAINING = """ckpt_path clip_denoised cond_stage_forward cond_stage_key cond_stage_trainable first_stage_key ignore_keys l_simple_weight
     learn_logvar load_only_unet log_every_t logvar_init loss_type monitor original_elbo_weight scheduler_config use_ema v_posterior"""
 FIRST_STAGE_TRAINING = """batch_resize_range ckpt_path colorize_nlabels ignore_keys image_key lossconfig lr_g_factor monitor
@@ -381,8 +382,23 @@ def _class_embedder(params: Section, context_dim: int | None) -> Part | None:
     inner = section.inner("params")
     section.close()
     inner.drop("key")
-    config = {"num_classes": inner.read("n_classes", whole, 1000), "embed_dim": inner.read("embed_dim", whole)}
+    config: dict[str, Any] = {"num_classes": inner.read("n_classes", whole, 1000), "embed_dim": inner.read("embed_dim", whole)}
     if config["embed_dim"] != context_dim:
         inner.refuse("embed_dim", f"is not the {context_dim} of unet_config.params.context_dim")
+    config["null_class"] = _null_class(inner, config["num_classes"])
     inner.close()
     return Part("class_embedder", "ClassEmbedder", config, "cond_stage_model.")
+
+
+def _null_class(params: Section, num_classes: int) -> int | None:
+    """The class that stands for no class: the last one, or None.
+
+    CompVis' later ClassEmbedder says how often training replaced a class by the last one (``ucg_rate``), the one that cin256-v2 was
+    trained with does not. Without that key, the last of 1001 classes counts as the null class, and any other number as real classes.
+    """
+    said = params.read("ucg_rate", number, None)
+    if said is not None and not 0 <= said <= 1:
+        params.refuse("ucg_rate", "is no share of the training images: expected 0 to 1")
+    if said and num_classes == 1:
+        params.refuse("ucg_rate", "needs a null class after the real ones, but n_classes is 1")
+    return num_classes - 1 if said or (said is None and num_classes == IMAGENET_AND_NULL) else None

@@ -60,7 +60,12 @@ class MixtureDenoiser(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(
-        cls, base: dict[str, Any], boundaries: Sequence[int], specs: Sequence[ArchitectureSpec], unit: str = "group", rewrites: Sequence[str] = ()
+        cls,
+        base: dict[str, Any],
+        boundaries: Sequence[int],
+        specs: Sequence[ArchitectureSpec],
+        unit: str = "group",
+        rewrites: Sequence[str] = (),
     ) -> MixtureDenoiser:
         """An untrained mixture of the given architectures."""
         base = {key: value for key, value in base.items() if key != "_name_or_path"}

@@ -43,7 +43,10 @@ class Samples(abc.ABC):
     def labels_of(self, rows: Rows) -> Tensor:
         """int64 [B], on the CPU; -1 where unknown. Raises: InputError if the data has no labels."""
         if self.labels is None:
-            raise InputError("data.path: the images have no labels, which a class-conditional model needs: use Parquet with a column label")
+            raise InputError(
+                "data.path: the images have no labels, which a class-conditional model needs: "
+                "give Parquet with a column label, or a folder per class"
+            )
         return torch.from_numpy(self.labels[np.asarray(rows, dtype=np.int64)])
 
 

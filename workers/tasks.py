@@ -17,7 +17,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from workers import checkpoint, conditioning, data, evaluate, families, first_stage, latency, latents, partition, routers, similarity
+from workers import (
+    checkpoint,
+    conditioning,
+    data,
+    evaluate,
+    families,
+    first_stage,
+    latency,
+    latents,
+    partition,
+    rewrites,
+    routers,
+    similarity,
+)
 from workers.contracts import (
     DenoiserRef,
     EvaluateTask,
@@ -73,9 +86,9 @@ def measure_latency(session: Session, item: LatencyTask) -> str:
         config,
         item.elastic,
         device=session.device,
-        dtype=item.dtype,
-        batch=item.batch,
-        compiled=item.compiled,
+        dtype=item.timing.dtype,
+        batch=item.timing.batch,
+        compiled=item.timing.compiled,
         on_progress=session.report,
     )
     return str(table_path(Path(item.folder), table.identity))
@@ -313,6 +326,11 @@ def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
     return mixture.eval()
 
 
+def rewritten(model: Any, names: Sequence[str]) -> Any:
+    """The denoiser, dense or a mixture, as it is exported."""
+    return model.rewrite(names) if isinstance(model, MixtureDenoiser) else rewrites.apply(model, names)
+
+
 @torch.no_grad()
 def evaluate_shard(session: Session, item: EvaluateTask) -> str:
     """Samples from fixed noise and held-out denoising losses of one denoiser on one shard, as ``item.out`` (npz)."""
@@ -351,7 +369,7 @@ def summarise(session: Session, item: tuple[tuple[EvaluateTask, ...], str]) -> d
             "denoising_loss_by_timestep": [float(v) for v in losses[label].mean(0)],
             "timesteps": list(task.timesteps),
             **evaluate.paired_metrics(samples[label], samples["dense"]),
-            **evaluate.time_per_step(load_reference(task.denoiser, task.model), task, session.device),
+            **evaluate.cost_per_step(rewritten(load_reference(task.denoiser, task.model), task.rewrites), task, session.device),
         }
     with replacing(Path(out)) as path:
         np.savez(path, **arrays)

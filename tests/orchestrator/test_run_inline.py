@@ -40,6 +40,7 @@ budgets: [{{ratio: 0.5}}]
 sampler: {{steps: 4}}
 finetune: {{steps: 2, batch_size: 2}}
 evaluate: {{images: 2, samples: 2, timesteps: 2, batch_size: 2}}
+latency: {{batch: 2}}
 resources: {{device: cpu}}
 """
 

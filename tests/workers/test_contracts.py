@@ -42,12 +42,15 @@ EXAMPLES: list[Record] = [
     ELASTIC,
     TRAIN,
     contracts.ExpertTask("finetune", "model", "cache", (0, 1), Interval(0, 300), ELASTIC, TRAIN, 2, 16, 0, True, 0.1, "source", SPEC),
-    contracts.LatencyTask("model", ELASTIC, 64, "bfloat16", True, "cache"),
+    contracts.Timing(64, "bfloat16", True),
+    contracts.LatencyTask("model", ELASTIC, contracts.Timing(64, "bfloat16", True), "cache"),
     ROUTE,
     contracts.RouteTask("model", "cache", (0, 1), PARTITION, ELASTIC, (EXPERT,) * 3, BUDGET, "era", 0, ROUTE, "cpu", 5, ("table.json",)),
     contracts.DenoiserRef("small", PLAN, (EXPERT,) * 3),
     contracts.EvaluateTask(
-        contracts.DenoiserRef("dense"), "model", "cache", (0,), (1, 2), PARTITION, "ddim", 5, 2, (100, 500), 0, "cpu", "out.npz"
+        contracts.DenoiserRef("dense"),
+        *("model", "cache", (0,), (1, 2), PARTITION, "ddim", 5, 2, (100, 500), 0, "cpu", "out.npz"),
+        contracts.Timing(2, "float32", False),
     ),
     PROVENANCE,
     contracts.MixtureManifest("emoji", "unet2d", PLAN, {"fid": 3.5, "rows": [1, None]}, {"job": {}}, PROVENANCE, {"config.json": "c" * 64}),

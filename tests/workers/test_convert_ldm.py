@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.compvis import Network, decode, encode, loud, settings, unet, write
+from workers import conditioning
 from workers.conditioning import ClassEmbedder
 from workers.contracts import InputError
 from workers.convert_ldm import convert
@@ -274,7 +275,8 @@ def complete() -> tuple[dict[str, Tensor], dict[str, Any]]:
         "scale_factor": torch.tensor(1.0),
         **JUNK,
     }
-    embedder = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"n_classes": 11, "embed_dim": 24, "key": "class_label"}}
+    params = {"n_classes": 11, "embed_dim": 24, "key": "class_label", "ucg_rate": 0.1}
+    embedder = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": params}
     config = settings(
         CONDITIONAL,
         **{"image_size": 8, "channels": 3, "conditioning_key": "crossattn", "cond_stage_key": "class_label", "monitor": "val/loss"},
@@ -312,6 +314,58 @@ def test_every_part_of_a_complete_checkpoint_is_converted(tmp_path, complete):
         latents = noise(1, 3, 16, 16)
         assert relative_error(vqvae.decode(latents).sample, decode(net, VQ, latents)) < TOLERANCE
     assert vqvae.config.scaling_factor == 1.0
+
+
+def test_a_class_conditional_folder_is_a_guided_pipeline_and_its_readme_runs(tmp_path, complete, monkeypatch):
+    convert(*write(tmp_path, *complete), tmp_path / "this folder")
+    readme = (tmp_path / "this folder" / "README.md").read_text()
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    assert "from workers.ldm_pipeline import ClassConditionalLDMPipeline" in code
+    monkeypatch.chdir(tmp_path)
+    done: dict[str, Any] = {}
+    exec(code.replace("class_labels=[0, 1]", "class_labels=[0, 1], num_inference_steps=2, guidance_scale=3.0"), done)
+    assert [image.size for image in done["images"]] == [(16, 16)] * 2
+    assert "null_class 10" in readme
+
+
+@pytest.mark.parametrize(
+    ("params", "null_class"),
+    [
+        ({"n_classes": 1001}, 1000),
+        ({"n_classes": 1001, "ucg_rate": 0.0}, None),
+        ({"n_classes": 101}, None),
+        ({"n_classes": 101, "ucg_rate": 0.1}, 100),
+        ({}, None),
+    ],
+    ids=["cin256-v2", "1001 real classes", "101 real classes", "100 and null", "CompVis' default, 1000"],
+)
+def test_the_last_class_is_null_only_if_the_yaml_says_so_or_as_in_cin256(tmp_path, params, null_class):
+    count = params.get("n_classes", 1000)
+    config = settings(
+        CONDITIONAL,
+        conditioning_key="crossattn",
+        cond_stage_config={**EMBEDDER["cond_stage_config"], "params": {"embed_dim": 24, **params}},
+    )
+    weights = {**unet_weights(CONDITIONAL), "cond_stage_model.embedding.weight": noise(count, 24)}
+    found = convert(*write(tmp_path, weights, config), tmp_path / "out")
+    assert found["written"]["class_embedder"]["null_class"] == null_class
+    classes = conditioning.describe(tmp_path / "out")
+    assert (classes.count, classes.null) == (count - (null_class is not None), null_class)
+    assert ClassEmbedder.from_pretrained(tmp_path / "out" / "class_embedder").null_class == null_class
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"n_classes": 11, "ucg_rate": 1.5}, "ucg_rate: 1.5 is no share of the training images"),
+        ({"n_classes": 1, "ucg_rate": 0.1}, "ucg_rate: 0.1 needs a null class after the real ones, but n_classes is 1"),
+    ],
+)
+def test_an_impossible_null_class_is_refused(tmp_path, params, told):
+    embedder = {**EMBEDDER["cond_stage_config"], "params": {"embed_dim": 24, **params}}
+    config = settings(CONDITIONAL, conditioning_key="crossattn", cond_stage_config=embedder)
+    with pytest.raises(InputError, match=told):
+        convert(*write(tmp_path, {}, config), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("ema", "make"), [(True, averaged), (False, loud)], ids=["ema", "no-ema"])

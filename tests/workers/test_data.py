@@ -292,6 +292,90 @@ def test_labels_stay_with_their_images_when_some_are_skipped(tmp_path):
 def test_labels_that_are_no_integers_are_left_out(tmp_path):
     write_parquet(tmp_path / "a.parquet", [png(noise(0))], label=pa.array(["cat"]))
     assert data.build_cache(task(tmp_path, tmp_path / "out")).labels is None
+    assert data.labels(str(tmp_path)) is None
+
+
+def test_labels_of_parquet_are_read_without_its_images(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", [b"no image"] * 3, label=pa.array([4, None, 9], pa.uint8()))
+    write_parquet(tmp_path / "b.parquet", [])
+    write_parquet(tmp_path / "c.parquet", [b"no image"] * 2)
+    columns, read = [], pq.ParquetFile.read
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda file, columns: asked(columns) or read(file, columns=columns))
+    asked = columns.extend
+    labels = data.labels(str(tmp_path))
+    assert labels.dtype == np.int64 and labels.tolist() == [4, -1, 9, -1, -1]
+    assert columns == ["label"]
+    write_parquet(tmp_path / "c.parquet", [], label=pa.array([], pa.int64()))
+    assert data.labels(str(tmp_path)).tolist() == [4, -1, 9]
+
+
+def test_damaged_labels_are_refused_with_the_file(tmp_path):
+    file = write_parquet(tmp_path / "a.parquet", [b"no image"] * 100, label=pa.array(range(100)))
+    column = pq.read_metadata(file).row_group(0).column(2)
+    assert column.path_in_schema == "label"
+    with file.open("r+b") as stream:
+        stream.seek(column.dictionary_page_offset or column.data_page_offset)
+        stream.write(b"\xff" * column.total_compressed_size)
+    with pytest.raises(InputError, match="data.path: the labels in .*a.parquet cannot be read: "):
+        data.labels(str(tmp_path))
+
+
+# --- a folder per class ----------------------------------------------------------------------------------------------
+
+
+def write_classes(folder: Path) -> list[tuple[str, int]]:
+    """Four images of three classes, in an order of their own; returns every name and its label, in the order of the names."""
+    names = ["n02/c.JPEG", "n01/b.png", "n01-x/deep/a.png", "n01/a.png"]  # "-" sorts before "/"
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(i).save(folder / name)
+    (folder / "n02" / "about.txt").write_text("no image")
+    (folder / "a-folder-without-images").mkdir()
+    (folder / ".hidden").mkdir()
+    noise(9).save(folder / ".hidden" / "a.png")
+    return sorted((name, {"n01": 0, "n01-x": 1, "n02": 2}[name.partition("/")[0]]) for name in names)
+
+
+def test_a_folder_per_class_gives_labels_in_the_order_of_the_folders_names(tmp_path):
+    named = write_classes(tmp_path / "in")
+    expected = [label for _, label in named]
+    assert expected == [1, 0, 0, 2]
+    labels = data.labels(str(tmp_path / "in"))
+    assert labels.dtype == np.int64 and labels.tolist() == expected
+    cache = data.build_cache(task(tmp_path / "in", tmp_path, on_error="skip"))
+    assert cache.labels.tolist() == expected
+    reader = data.ImageReader(str(tmp_path / "in"))
+    read = list(reader.read(task(tmp_path / "in", tmp_path), 1, 4))
+    assert reader.has_labels and [(image.name, image.label) for image in read] == named[1:]
+
+
+@pytest.mark.parametrize("name", ["c.png", None], ids=["an image beside the folders", "one folder"])
+def test_folders_that_are_no_classes_give_no_labels(tmp_path, name):
+    (tmp_path / "in" / "a" / "b").mkdir(parents=True)
+    for file in ("a/b/a.png", "a/b.png", *([f"d/{name}", name] if name else [])):
+        (tmp_path / "in" / file).parent.mkdir(exist_ok=True)
+        noise(0).save(tmp_path / "in" / file)
+    assert data.labels(str(tmp_path / "in")) is None
+    assert not data.ImageReader(str(tmp_path / "in")).has_labels
+    assert data.build_cache(task(tmp_path / "in", tmp_path)).labels is None
+    assert data.labels(str(tmp_path / "in" / "a" / "b.png")) is None
+
+
+def test_labels_by_folder_stay_with_their_images_when_some_are_skipped(tmp_path):
+    named = write_classes(tmp_path / "in")
+    (tmp_path / "in" / named[1][0]).write_bytes(b"bad")
+    assert data.build_cache(task(tmp_path / "in", tmp_path, on_error="skip")).labels.tolist() == [1, 0, 2]
+
+
+def test_a_cache_is_made_anew_when_its_labels_change(tmp_path):
+    write_classes(tmp_path / "in")
+    found = [data.build_cache(task(tmp_path / "in", tmp_path))]
+    (tmp_path / "in" / "n01-x").rename(tmp_path / "in" / "n09")
+    found.append(data.build_cache(task(tmp_path / "in", tmp_path)))
+    noise(5).save(tmp_path / "in" / "beside.png")
+    found.append(data.build_cache(task(tmp_path / "in", tmp_path)))
+    assert [None if cache.labels is None else cache.labels.tolist() for cache in found] == [[1, 0, 0, 2], [0, 0, 1, 2], None]
+    assert len({cache.identity for cache in found}) == 3
 
 
 # --- the file on disk ------------------------------------------------------------------------------------------------
@@ -377,7 +461,9 @@ def test_identity_of_parquet_notices_other_content_of_equal_size(tmp_path):
         file = write_parquet(tmp_path / name / "x.parquet", [content * 50])
         found.add((file.stat().st_size, data.identity(str(file.parent))))
     assert len({size for size, _ in found}) == 1 and len(found) == 2
-    assert data.identity(str(EMOJI)) == data.identity(str(EMOJI)) == data._identity(data._Source(EMOJI.parent, (), (EMOJI.name,)))
+    (tmp_path / "alone").mkdir()
+    shutil.copy(EMOJI, tmp_path / "alone")
+    assert data.identity(str(EMOJI)) == data.identity(str(EMOJI)) == data.identity(str(tmp_path / "alone"))
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------

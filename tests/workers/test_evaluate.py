@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from workers import data, evaluate, families, tasks
-from workers.contracts import DenoiserRef, EvaluateTask, ImageTask, Partition
+from workers import data, evaluate, families, rewrites, tasks
+from workers.contracts import REWRITES, DenoiserRef, EvaluateTask, ImageTask, Partition, Timing
+from workers.cost import cost_table
 from workers.diffusion import NoiseSchedule
+from workers.mixture import any_width
 from workers.session import Session
 
 
@@ -33,6 +35,7 @@ def task(emoji, emoji_images, tmp_path_factory) -> EvaluateTask:
         seed=0,
         device="cpu",
         out=str(folder / "whole.npz"),
+        timing=Timing(2, "float32", False),
     )
 
 
@@ -80,6 +83,9 @@ def test_paired_metrics_by_hand():
     assert evaluate.paired_metrics(dense, dense) == {"paired_mse": 0.0, "paired_psnr_db": None, "paired_ssim": 1.0}
 
 
-def test_time_per_step_is_measured_for_every_expert(task, emoji):
-    found = evaluate.time_per_step(families.load_denoiser(emoji), task, "cpu", repeats=1)
+def test_cost_per_step_is_that_of_the_very_model(task, emoji):
+    found = evaluate.cost_per_step(families.load_denoiser(emoji), task, "cpu", repeats=1)
     assert found["ms_per_step"] > 0
+    assert found["gmacs_per_step"] == pytest.approx(cost_table(families.load_config(emoji), any_width("group")).dense.macs / 1e9)
+    lighter = evaluate.cost_per_step(rewrites.apply(families.load_denoiser(emoji), REWRITES), task, "cpu", repeats=1)
+    assert lighter["gmacs_per_step"] < found["gmacs_per_step"]

@@ -208,6 +208,15 @@ def test_shards_depend_on_the_items_and_the_size_of_a_latent_alone(tmp_path, sta
     assert latents.shard_ranges(0, key) == []
 
 
+def test_latents_of_a_folder_per_class_have_its_labels(tmp_path, stages):
+    for i, name in enumerate("bacab"):
+        (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name / f"{i}.png").write_bytes(b"bad" if i == 3 else png(i))
+    cache = encode(tmp_path / "out", stages["vq"], tmp_path / "in", size=2, on_error="skip")
+    assert cache.labels.tolist() == [0, 1, 1, 2] and cache.rows.tolist() == [0, 2, 3, 4]
+    assert cache.skipped == ("a/3.png",)
+
+
 # --- a range of a data set -------------------------------------------------------------------------------------------
 
 

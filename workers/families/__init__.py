@@ -121,6 +121,7 @@ def load_denoiser(folder: str | Path) -> nn.Module:
     """
     from diffusers.utils import logging
 
+    logging.disable_progress_bar()
     folder = locate(str(folder))
     module, where = family_of_config(load_config(folder)), _denoiser_folder(folder)
     verbosity = logging.get_verbosity()
