@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from orchestrator import __version__
 from orchestrator.cli_convert import convert_ldm
 from orchestrator.cli_options import device_here, json_option, set_option, show
 from orchestrator.cli_profile import profile
-from workers.contracts import InputError, RunFailed, VerificationError
+from workers.contracts import METRICS, InputError, RunFailed, VerificationError
 
 STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
 
@@ -96,12 +97,15 @@ def plan(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _plan_text(found: dict[str, Any]) -> str:
     gpu, model = found["device"] != "cpu", found["model"]
-    budgets = ", ".join(f"{budget['metric']} {budget['ratio']:g}" for budget in found["budgets"])
+    budgets = ", ".join(f"{budget['ratio']:g} of dense {METRICS[budget['metric']]}" for budget in found["budgets"])
+    timed = any(budget["metric"] == "latency" for budget in found["budgets"])
+    bare = f" ({model['macs_without_attention'] / 1e9:.2f} without attention products)"
+    counted = f"{model['macs'] / 1e9:.2f} GMACs" + (bare if model["macs"] != model["macs_without_attention"] else "")
     lines = [
         f"job        {found['job']}, run folder {found['run_folder']}",
-        f"model      {model['path']}: {model['macs'] / 1e9:.2f} GMACs, {model['params'] / 1e6:.2f}M parameters",
+        f"model      {model['path']}: {counted}, {model['params'] / 1e6:.2f}M parameters",
         f"data       {found['data']['path']}: {found['data']['images']} images",
-        f"budgets    {budgets} (the smallest possible is {model['smallest_ratio']:.3f})",
+        f"budgets    {budgets} (the smallest possible is {model['smallest_ratio']:.3f} of MACs{'; time is measured first' * timed})",
         "",
         f"{'stage':<12}{'state':<9}{'work':<20}{'per worker':<18}{'estimate':<24}taken",
     ]
@@ -188,7 +192,10 @@ def encode(job: str, overrides: tuple[str, ...], inline: bool, as_json: bool) ->
     prepared = planning.prepare(config)
     plan = stages.encode_plan(prepared.job, prepared.store, prepared.pipeline.identity)  # refuses before anything is written
     with _driver(prepared, inline) as (view, cluster):
+        view.on_stage("encode", "running", 0.0)
+        started = time.monotonic()
         made = stages.encode_images(plan, cluster, view.say)
+        view.on_stage("encode", "finished", time.monotonic() - started)
     show(made, as_json, lambda: f"{made['count']} images as latents in {made['path']}")
 
 
@@ -333,6 +340,8 @@ def registry_list(name: str | None, uri: str, as_json: bool) -> None:
                 "agent": manifest.plan.agent,
                 "experts": len(manifest.plan.experts),
                 "cost_ratio": round(manifest.plan.cost_ratio, 4),
+                "of": manifest.plan.budget.quantity,
+                "macs_ratio": round(manifest.plan.macs_ratio, 4),
                 "paired_mse": mine.get("paired_mse"),
                 "denoising_loss": mine.get("denoising_loss"),
                 "path": str(version.path),
@@ -342,10 +351,13 @@ def registry_list(name: str | None, uri: str, as_json: bool) -> None:
     def text() -> str:
         if not rows:
             return f"no versions in {uri}"
-        head = f"{'version':<18}{'budget':<12}{'agent':<10}{'experts':>8}{'cost':>8}{'paired MSE':>12}"
-        lines = [f"{r['version']:<18}{r['budget']:<12}{r['agent']:<10}{r['experts']:>8}{r['cost_ratio']:>8.3f}" for r in rows]
+        head = f"{'version':<18}{'budget':<14}{'agent':<10}{'experts':>8}  {'of dense':<12}{'paired MSE':>12}"
+        costs = [f"{r['cost_ratio']:.3f} {r['of']}" for r in rows]
+        lines = [
+            f"{r['version']:<18}{r['budget']:<14}{r['agent']:<10}{r['experts']:>8}  {cost:<12}" for r, cost in zip(rows, costs, strict=True)
+        ]
         errors = ["" if r["paired_mse"] is None else f"{r['paired_mse']:>12.5f}" for r in rows]
-        return "\n".join([head, *map(str.__add__, lines, errors)])
+        return "\n".join([head, *(f"{line}{error}".rstrip() for line, error in zip(lines, errors, strict=True))])
 
     show(rows, as_json, text)
 

@@ -9,9 +9,8 @@ import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, ParamSpec
 
 import numpy as np
 from matplotlib import colormaps, style
@@ -23,7 +22,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from workers.contracts import ElasticSite, ExpertCheckpoint, Interval, MixturePlan, Partition, SimilarityMatrix
+from orchestrator.evidence import Measured, Points, Trainer
+from orchestrator.remarks import RELIABLE, RETURNED
+from orchestrator.words import both, percent, sig, span
+from workers.contracts import Budget, Cost, ElasticSite, Interval, MixturePlan, Partition, SimilarityMatrix
 from workers.partition import cell_edges
 
 DPI, WIDTH = 120, 8.2  # inches; about 1000 px, the width of the page
@@ -34,7 +36,7 @@ KINDS = {"dense": INK, "mixture": BLUE, "uniform": ORANGE, "cut only": "#8a8f98"
 BRANCHES = {"resnet": BLUE, "attention": ORANGE, "other": GREEN}
 AXIS = "timestep t   (clean \N{RIGHTWARDS ARROW} noisy)"
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-RELIABLE, RETURNED = 0.5, 0.7  # below these, a reliability and a cut's bootstrap frequency are called low
+SMALL = 128  # pixels; larger images are reduced in the page
 STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -70,25 +72,6 @@ def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
     return render
 
 
-def percent(ratio: float) -> str:
-    return f"{100 * ratio:.3g}%"
-
-
-def sig(value: float) -> str:
-    """Three digits, zeros kept, so that numbers in a sentence can be compared."""
-    return f"{value:#.3g}".rstrip(".")
-
-
-def both(words: Iterable[str]) -> str:
-    """a, b and c."""
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def span(interval: Interval) -> str:
-    return f"t {interval.start}\N{EN DASH}{interval.stop}"
-
-
 def short_name(site: str) -> str:
     """``down_blocks.0.resnets.1`` -> ``d0.r1``."""
     words = {"down_blocks": "d", "up_blocks": "u", "mid_block": "mid", "resnets": "r", "attentions": "a", "transformer_blocks": "t"}
@@ -108,11 +91,6 @@ def in_network_order(sites: Sequence[ElasticSite]) -> list[ElasticSite]:
     return sorted(sites, key=place)
 
 
-def dropped(plan: MixturePlan) -> int:
-    """Branches dropped, over all experts."""
-    return sum(choice == 0 for spec in plan.experts for choice in spec.choices.values())
-
-
 def _branch(site: ElasticSite) -> str:
     return "attention" if site.unit == "head" else "resnet" if "resnet" in site.name else "other"
 
@@ -122,31 +100,6 @@ def _expert_colours(experts: int) -> list[Any]:
 
 
 # --- samples --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One denoiser of the evaluation: ``kind`` is dense, mixture, uniform or cut only; ``plan`` is None for dense."""
-
-    kind: str
-    plan: MixturePlan | None
-    metrics: Mapping[str, Any]
-    samples: np.ndarray
-    """[n, C, H, W] in [-1, 1]; the same n noises for every denoiser."""
-    experts: tuple[ExpertCheckpoint, ...] = ()
-    """Empty where nothing was trained."""
-
-    @property
-    def budget(self) -> str:
-        return percent(self.plan.budget.ratio) if self.plan else ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.budget} {self.kind}".strip()
-
-    @property
-    def mse(self) -> float:
-        return float(self.metrics["paired_mse"])
 
 
 def _tiles(images: np.ndarray, side: int) -> np.ndarray:
@@ -159,18 +112,23 @@ def _tiles(images: np.ndarray, side: int) -> np.ndarray:
 
 
 @_png
-def samples(rows: Sequence[Measured]) -> Figure:
-    """One row per denoiser, one column per noise; nothing is resampled on the way to the PNG."""
-    left, gap, group_gap, width = 150, 4, 12, round(WIDTH * DPI)
+def samples(rows: Sequence[Measured], classes: Sequence[int] | None = None) -> Figure:
+    """One row per denoiser, one column per noise, headed by its class if there are ``classes``.
+
+    Nothing is resampled on the way to the PNG, but images that are too large for it: of those there are fewer, in larger tiles.
+    """
+    gap, group_gap, width = 4, 12, round(WIDTH * DPI)
+    left = 150 if max(len(row.name) for row in rows) < 14 else 176
     count, size = rows[0].samples.shape[0], rows[0].samples.shape[2]
+    least, most, largest = (8, 10, SMALL) if size <= SMALL else (5, 5, 2 * SMALL)
 
     def tile_side(columns: int) -> int:
-        room = min(128, (width - left) // columns - gap)
+        room = min(largest, (width - left) // columns - gap)
         return room // size * size or room
 
-    columns = max(range(min(8, count), min(10, count) + 1), key=lambda c: (c * tile_side(c), c))
+    columns = max(range(min(least, count), min(most, count) + 1), key=lambda c: (c * tile_side(c), c))
     side = _tiles(rows[0].samples[:1], tile_side(columns)).shape[1]
-    tops, top = [], gap
+    tops, top = [], gap + (18 if classes else 0)
     for i, row in enumerate(rows):
         top += group_gap if i and row.budget != rows[i - 1].budget else 0
         tops.append(top)
@@ -186,6 +144,9 @@ def samples(rows: Sequence[Measured]) -> Figure:
         figure.text((left - 12) / width, middle, row.name, ha="right", va="bottom", weight="bold")
         note = f"MSE {sig(row.mse)}" if row.plan else "the reference"
         figure.text((left - 12) / width, middle, note, ha="right", va="top", size=8, color=MUTED)
+    for column, number in enumerate((classes or ())[:columns]):
+        x = left + column * (side + gap) + side / 2
+        figure.text(x / width, 1 - (tops[0] - 4) / top, f"class {number}", ha="center", va="bottom", size=8, color=MUTED)
     figure.figimage(canvas, origin="upper")
     return figure
 
@@ -272,6 +233,16 @@ def _strips(axes: Axes, partitions: Mapping[str, tuple[Partition, float]]) -> No
 # --- what each expert keeps and costs -------------------------------------------------------------------------------
 
 
+def _part(cost: Cost, plan: MixturePlan) -> float:
+    """Of dense, in what the plan's budget limits."""
+    return cost.of(plan.budget.metric) / plan.dense_cost.of(plan.budget.metric)
+
+
+def _quantities(budgets: Iterable[Budget]) -> str:
+    """What a cost axis shows."""
+    return both(dict.fromkeys(budget.quantity if budget.metric == "macs" else f"predicted {budget.quantity}" for budget in budgets))
+
+
 @_png
 def architecture(plans: Mapping[str, MixturePlan], sites: Sequence[ElasticSite]) -> Figure:
     """One chart per budget, one panel per expert, one bar per branch: the part of its width that is kept."""
@@ -288,7 +259,8 @@ def architecture(plans: Mapping[str, MixturePlan], sites: Sequence[ElasticSite])
             axes.bar(range(len(sites)), kept, color=[BRANCHES[_branch(site)] for site in sites], width=0.78)
             dropped = [i for i, part in enumerate(kept) if part == 0]
             axes.plot(dropped, [0.5] * len(dropped), "x", color=RED, markersize=7, markeredgewidth=2, linestyle="none")
-            axes.set_ylabel(f"{span(interval)}\n{percent(cost.macs / plan.dense_cost.macs)} MACs", rotation=0, ha="right", va="center")
+            part = percent(_part(cost, plan))
+            axes.set_ylabel(f"{span(interval)}\n{part} {plan.budget.quantity}", rotation=0, ha="right", va="center")
             axes.set(ylim=(0, 1.04), yticks=[0, 1], yticklabels=["0", "1"], xlim=(-0.7, len(sites) - 0.3))
             axes.tick_params(axis="x", length=0)
         names = [short_name(site.name) for site in sites]
@@ -303,7 +275,7 @@ def architecture(plans: Mapping[str, MixturePlan], sites: Sequence[ElasticSite])
 
 @_png
 def cost(plans: Mapping[str, MixturePlan]) -> Figure:
-    """Per budget: one bar per expert, as wide as its share of the steps and as high as its MACs, so that area is what a user pays."""
+    """Per budget: one bar per expert, as wide as its share of the steps and as high as its cost, so that area is what a user pays."""
     columns = min(2, len(plans))
     rows = -(-len(plans) // columns)
     figure = Figure(figsize=(WIDTH, 2.9 * rows), dpi=DPI, layout="constrained")
@@ -315,12 +287,12 @@ def cost(plans: Mapping[str, MixturePlan]) -> Figure:
         for interval, share, one, colour in zip(
             plan.partition.intervals, plan.shares, plan.expert_costs, _expert_colours(len(plan.partition)), strict=True
         ):
-            height = one.macs / plan.dense_cost.macs
+            height = _part(one, plan)
             axes.bar(begin, height, width=share, align="edge", color=colour, edgecolor="white", linewidth=1.5)
             if share > 0.11 * columns:  # room for the text
                 inside = height > 0.22
                 ink = "white" if inside and np.dot(colour[:3], (0.3, 0.6, 0.1)) < 0.5 else INK
-                text = f"{span(interval)}\n{percent(height)} MACs\n{one.params / 1e6:.3g}M par."
+                text = f"{span(interval)}\n{percent(height)} {plan.budget.quantity}\n{one.params / 1e6:.3g}M par."
                 y = 0.025 if inside else height + 0.015
                 axes.text(begin + share / 2, y, text, ha="center", va="bottom", size=7.5, linespacing=1.3, color=ink)
             begin += share
@@ -331,13 +303,11 @@ def cost(plans: Mapping[str, MixturePlan]) -> Figure:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
     figure.supxlabel("share of the sampler's steps   (clean \N{RIGHTWARDS ARROW} noisy)", size=9)
-    figure.supylabel("MACs relative to dense", size=9)
+    figure.supylabel(f"{_quantities(plan.budget for plan in plans.values())} relative to dense", size=9)
     return figure
 
 
 # --- how it was trained ---------------------------------------------------------------------------------------------
-
-Points = Sequence[tuple[int, float]]
 
 
 def _smooth(points: Points) -> tuple[np.ndarray, np.ndarray]:
@@ -362,7 +332,7 @@ def training(curves: Mapping[str, Mapping[Interval, Points]]) -> Figure:
         if points := curves.get("specialize", {}).get(interval):
             panels[0].plot(*_smooth(points), color=colour, label=span(interval))
         for name, found in tuned.items():
-            budget, _, kind = name.partition(" ")
+            budget, kind = _budget_and_kind(name)
             if interval in found:
                 axes.plot(*_smooth(found[interval]), color=KINDS[kind], linestyle=_dash(budget, tuned), linewidth=1.4, label=name)
         axes.set(title=f"finetune {span(interval)}", xlabel="step")
@@ -378,19 +348,16 @@ def training(curves: Mapping[str, Mapping[Interval, Points]]) -> Figure:
     return figure
 
 
+def _budget_and_kind(name: str) -> tuple[str, str]:
+    """The parts of a `Measured.name`, or of its budget alone."""
+    kind = next((kind for kind in ALLOCATIONS if name.endswith(f" {kind}")), "")
+    return name.removesuffix(f" {kind}"), kind
+
+
 def _dash(budget: str, names: Iterable[str]) -> Any:
     """One dash pattern per budget, in the order of appearance."""
-    budgets = list(dict.fromkeys(name.split(" ")[0] for name in names))
+    budgets = list(dict.fromkeys(_budget_and_kind(name)[0] for name in names))
     return DASHES[budgets.index(budget) % len(DASHES)]
-
-
-class Trainer(NamedTuple):
-    """One training run on the clock, in seconds since the epoch."""
-
-    name: str
-    interval: Interval
-    started: float
-    ended: float
 
 
 def most_at_once(trainers: Sequence[Trainer]) -> tuple[int, float]:
@@ -441,8 +408,12 @@ def pareto(measured: Sequence[Measured], unrelated_mse: float, boundaries: Seque
     """Left: error against cost. Right: at which timesteps the denoising loss is above the dense model's, the first of ``measured``."""
     figure = Figure(figsize=(WIDTH, 3.9), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
+    budgets = [m.plan.budget for m in measured if m.plan]
+    metric = budgets[0].metric if len({budget.metric for budget in budgets}) == 1 else "macs"
     for (kind, name), marker in zip(ALLOCATIONS.items(), "osv", strict=True):
-        line = sorted((m.plan.cost_ratio, m.mse) for m in measured if m.plan and m.kind == kind and m.mse > 0)
+        line = sorted(
+            (m.plan.cost(metric) / m.plan.dense_cost.of(metric), m.mse) for m in measured if m.plan and m.kind == kind and m.mse > 0
+        )
         if line:
             left.plot(*zip(*line, strict=True), color=KINDS[kind], marker=marker, markersize=6, label=name)
     if unrelated_mse > 0:
@@ -452,7 +423,11 @@ def pareto(measured: Sequence[Measured], unrelated_mse: float, boundaries: Seque
     left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     left.yaxis.set_minor_formatter(NullFormatter())
     left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
-    left.set(title="Error against cost", xlabel="MACs relative to dense", ylabel="MSE to dense, same noise (log)")
+    left.set(
+        title="Error against cost",
+        xlabel=f"{_quantities(budget for budget in budgets if budget.metric == metric)} relative to dense",
+        ylabel="MSE to dense, same noise (log)",
+    )
     left.margins(x=0.15, y=0.15)
     below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2, "handlelength": 3}
     if left.get_legend_handles_labels()[0]:

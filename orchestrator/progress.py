@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from workers.contracts import Progress
 
 PLAIN_EVERY_S = 10.0
 BEAT_S = 5.0
+BEFOREHAND = ("encode", "profile")
+"""Work that a stage may begin with, whose lines have a name of their own."""
 
 
 def duration(seconds: float) -> str:
@@ -34,14 +37,24 @@ def eta_s(event: Progress) -> float | None:
     return event.seconds / made * (event.steps - event.step) if made > 0 and event.step < event.steps else None
 
 
+def rate(images_per_s: float) -> str:
+    """312, 4.7, 0.083."""
+    return f"{images_per_s:.0f}" if images_per_s >= 10 else f"{images_per_s:.2g}"
+
+
 def line(event: Progress) -> str:
-    """``specialize t0250-0500  step 1200/20000  loss 0.0312  312 img/s  eta 41m``"""
-    eta = eta_s(event)
-    parts = [f"{event.stage} {event.unit}", f"step {event.step}/{event.steps}"]
+    """``specialize t0250-0500  step 1200/20000  loss 0.0312  312 img/s  eta 41m``, or ``encode images 0-5000  320/5000  312 img/s``"""
+    eta, done = eta_s(event), f"{event.step}/{event.steps}"
+    parts = [f"{event.stage} {event.unit}", done if event.stage == "encode" else f"step {done}"]
     parts += [f"loss {event.loss:.4f}"] if event.loss is not None else []
-    parts += [f"{event.images_per_s:.0f} img/s"] if event.images_per_s else []
+    parts += [f"{rate(event.images_per_s)} img/s"] if event.images_per_s else []
     parts += [f"eta {duration(eta)}"] if eta is not None else []
     return "  ".join(parts + ([event.note] if event.note else []))
+
+
+def _number(unit: str) -> list[tuple[int, str]]:
+    """A key that sorts ``images 900-1200`` before ``images 1200-1500``."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", unit)]
 
 
 class ProgressView:
@@ -90,8 +103,11 @@ class ProgressView:
 
     def update(self, event: Progress) -> None:
         with self._lock:
-            if event.stage != self.stage:
-                return  # a late line of a stage that is over
+            begun = any(unit.stage == self.stage for unit in self.units.values())
+            if event.stage != self.stage and (begun or self.stage is None or event.stage not in BEFOREHAND):
+                return  # a late line of work that is over
+            if event.stage == self.stage and not begun:
+                self.units.clear()  # what it began with is over
             self.units[event.unit] = event
             now = time.monotonic()
             tell = event.step == event.steps or now - self._told.get(event.unit, -1e9) > PLAIN_EVERY_S
@@ -113,10 +129,10 @@ class ProgressView:
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 2), header_style="bold")
-        for name, right in (("stage", 0), ("expert", 0), ("step", 1), ("loss", 1), ("images/s", 1), ("ETA", 1)):
+        for name, right in (("stage", 0), ("unit", 0), ("step", 1), ("loss", 1), ("images/s", 1), ("ETA", 1)):
             table.add_column(name, justify="right" if right else "left")
         with self._lock:
-            events = sorted(self.units.values(), key=lambda e: e.unit)
+            events = sorted(self.units.values(), key=lambda e: _number(e.unit))
         for event in events:
             eta = eta_s(event)
             table.add_row(
@@ -124,7 +140,7 @@ class ProgressView:
                 event.unit,
                 f"{event.step}/{event.steps}",
                 "" if event.loss is None else f"{event.loss:.4f}",
-                "" if not event.images_per_s else f"{event.images_per_s:.0f}",
+                "" if not event.images_per_s else rate(event.images_per_s),
                 "done" if event.step == event.steps else "" if eta is None else duration(eta),
             )
         return table

@@ -122,7 +122,8 @@ class Cost(Record):
         return value
 
 
-METRICS = ("macs", "latency")
+METRICS = {"macs": "MACs", "latency": "time"}
+"""What a budget may limit -> its name in sentences."""
 REWRITES = ("fold_context", "merge_one_head", "fuse_qkv", "transpose_upsample")
 """Exact rewrites of a published expert; `workers.rewrites` defines one function for each."""
 
@@ -145,6 +146,11 @@ class Budget(Record):
     @property
     def name(self) -> str:
         return f"{self.metric}-{self.ratio:.2f}"
+
+    @property
+    def quantity(self) -> str:
+        """What is limited, in words: ``ratio`` is a part of the dense model's MACs, or of its time."""
+        return METRICS[self.metric]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from workers import families
@@ -66,7 +66,7 @@ def cost_per_step(model: Any, task: EvaluateTask, device: str, repeats: int = 5)
     gmacs = sum(share * count(copy.deepcopy(e).to("meta"), config)[0].macs / 1e9 for share, e in zip(shares, experts, strict=True))
     dtype = getattr(torch, timing.dtype)
     (x, _), told = families.example_inputs(config, timing.batch, device, dtype)
-    model.to(device, dtype)
+    nn.Module.to(model, device, dtype)  # diffusers' own warns of modules that it would keep in float32, of which there are none
     if timing.compiled:
         RegionCompiler().compile(model)
     cuda = device.startswith("cuda")

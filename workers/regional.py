@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -56,7 +57,9 @@ class RegionCompiler:
         if key not in self.compiled:
             self.compiled[key] = torch.compile(_own_code(type(region).forward), dynamic=False, fullgraph=True, backend=self.backend)
         region.forward = functools.partial(self.compiled[key], region)
-        return region.forward(*args, **kwargs)
+        with warnings.catch_warnings():  # of what dynamo found in diffusers' code, for those who write it
+            warnings.simplefilter("ignore", UserWarning)
+            return region.forward(*args, **kwargs)
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

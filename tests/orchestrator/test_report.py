@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator import figures, report
+from orchestrator import evidence, figures, remarks, report, words
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Pipeline
 from orchestrator.planning import Prepared
@@ -147,7 +147,7 @@ def finished_run(
 
 
 def said(prepared: Prepared, level: str) -> str:
-    return " ".join(remark.text for remark in report.remarks(report.gather(prepared)) if remark.level == level)
+    return " ".join(remark.text for remark in remarks.remarks(evidence.gather(prepared)) if remark.level == level)
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +178,14 @@ def test_page_needs_nothing_else(built: tuple[Prepared, str]) -> None:
 
 def test_page_holds_the_numbers_of_the_run(built: tuple[Prepared, str]) -> None:
     prepared, page = built
-    e = report.gather(prepared)
+    e = evidence.gather(prepared)
     text = html.unescape(re.sub(r"<[^>]+>", " ", page))
     for m in e.measured[1:]:
         assert f"{m.metrics['paired_psnr_db']:.2f}" in text
         assert f"{m.metrics['paired_ssim']:.3f}" in text
-    assert f"MSE {figures.sig(e.mixture(e.smallest).mse)}" in report.verdict(e)
-    assert report.verdict(e) in text
-    assert report.verdict(e).startswith("Two mixtures of 2 experts at 65% and 50% of the dense model's MACs.")
+    assert f"MSE {words.sig(e.mixture(e.smallest).mse)}" in remarks.verdict(e)
+    assert remarks.verdict(e) in text
+    assert remarks.verdict(e).startswith("Two mixtures of 2 experts at 65% and 50% of the dense model's MACs.")
     assert "2 of 2 specialize trainers ran at the same time for 40 s." in text
     assert "MixtureDenoiser.from_pretrained(" in text
     assert "diffpruning registry verify tiny:1" in text
@@ -216,10 +216,10 @@ def test_unfinished_run_is_refused_with_the_missing_stage(tmp_path: Path, stage:
 
 def test_one_budget_one_expert_one_large_grey_sample_still_make_a_page(tmp_path: Path) -> None:
     prepared = finished_run(tmp_path, budgets=(1.0,), boundaries=(), samples=1, size=300, errors=(0.0, 0.0))
-    e = report.gather(prepared)
+    e = evidence.gather(prepared)
     e = replace(e, measured=tuple(replace(m, samples=m.samples[:, :1]) for m in e.measured), specialized=())
     assert set(report.draw(e)) == {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto"}
-    assert report.verdict(e).startswith("A mixture of 1 expert at 100%")
+    assert remarks.verdict(e).startswith("A mixture of 1 expert at 100%")
 
 
 # --- honesty --------------------------------------------------------------------------------------------------------
@@ -255,11 +255,11 @@ def test_mixture_is_compared_with_the_uniform_allocation(tmp_path: Path, errors:
 
 
 def test_a_difference_within_its_standard_error_is_not_clear(tmp_path: Path) -> None:
-    e = report.gather(finished_run(tmp_path, budgets=(0.5,)))
+    e = evidence.gather(finished_run(tmp_path, budgets=(0.5,)))
     offsets = {"mixture": (0.1, 0.3, 0.1), "uniform": (0.3, 0.1, 0.11)}  # from dense, sample by sample
     shifted = {kind: e.dense.samples + np.array(by, np.float32)[:, None, None, None] for kind, by in offsets.items()}
     e = replace(e, measured=tuple(replace(m, samples=shifted.get(m.kind, m.samples)) for m in e.measured))
-    [remark] = [remark for remark in report.remarks(e) if "uniform allocation" in remark.text]
+    [remark] = [remark for remark in remarks.remarks(e) if "uniform allocation" in remark.text]
     assert remark.level == "note"
     assert "not clearly" in remark.text
 
@@ -277,32 +277,33 @@ def test_says_so_when_samples_are_far_from_dense(tmp_path: Path) -> None:
 
 def test_curves_that_cannot_be_read_are_skipped_and_named(tmp_path: Path) -> None:
     prepared = finished_run(tmp_path)
-    experts = report.gather(prepared).specialized
+    experts = evidence.gather(prepared).specialized
     (prepared.store.folder / experts[0].path / "checkpoint.json").unlink()
     (prepared.store.folder / experts[1].path / "checkpoint.json").write_text("{ damaged")
-    found, missing = report.curves(report.gather(prepared))
+    found, missing = evidence.curves(evidence.gather(prepared))
     assert missing == ["specialize t 0\N{EN DASH}300", "specialize t 300\N{EN DASH}1000"]
     assert set(found) == {"65% mixture", "65% uniform", "50% mixture", "50% uniform"}
 
 
 def test_curves_are_found_in_a_run_folder_that_moved(tmp_path: Path) -> None:
     prepared = finished_run(tmp_path / "old")
-    expert = report.gather(prepared).specialized[0]
+    expert = evidence.gather(prepared).specialized[0]
     moved = prepared.store.folder.rename(tmp_path / "new")
-    assert report.history(expert, moved) == [(1, 0.5), (2, 0.4), (3, 0.3), (4, 0.25)]
+    assert evidence.history(expert, moved) == [(1, 0.5), (2, 0.4), (3, 0.3), (4, 0.25)]
 
 
 # --- small parts ----------------------------------------------------------------------------------------------------
 
 
 def test_only_the_best_of_a_budget_is_marked(tmp_path: Path) -> None:
-    e = report.gather(finished_run(tmp_path))
-    columns = report.key_columns(e)
+    e = evidence.gather(finished_run(tmp_path))
+    columns = report.quality_columns(e)
     mse = [column.title for column in columns].index("MSE")
     groups = report.key_rows(e, columns)
-    assert [cells[mse][1] for _, cells in groups["50%"]] == [True, False, False]
+    assert [cells[mse][1] for _, cells in groups["50% of dense MACs"]] == [True, False, False]
     assert not any(best for _, cells in groups[""] for _, best in cells)
-    assert not any(cells[0][1] for _, cells in groups["50%"])  # a smaller cost at a given budget is no merit
+    costs = report.key_rows(e, report.cost_columns(e))
+    assert not any(cells[0][1] for _, cells in costs["50% of dense MACs"])  # a smaller cost at a given budget is no merit
 
 
 def test_sites_are_named_briefly_and_stand_in_network_order() -> None:
@@ -311,6 +312,6 @@ def test_sites_are_named_briefly_and_stand_in_network_order() -> None:
 
 def test_most_at_once_counts_what_overlaps() -> None:
     interval = Interval(0, 10)
-    trainers = [figures.Trainer(str(i), interval, start, stop) for i, (start, stop) in enumerate([(0, 10), (2, 8), (4, 20), (20, 30)])]
+    trainers = [evidence.Trainer(str(i), interval, start, stop) for i, (start, stop) in enumerate([(0, 10), (2, 8), (4, 20), (20, 30)])]
     assert figures.most_at_once(trainers) == (3, 4)
     assert figures.overlap("finetune", trainers[2:]) == "The finetune trainers ran one after the other."

@@ -1,0 +1,205 @@
+"""What a finished run measured, read from its folder into values: figures, remarks and tables look at nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from orchestrator.store import read_json
+from orchestrator.words import label, predicted_ms, span
+from workers.contracts import ExpertCheckpoint, InputError, Interval, MixturePlan, Partition, SimilarityMatrix, derive_seed
+from workers.latency_table import LatencyTable
+
+if TYPE_CHECKING:
+    from orchestrator.planning import Prepared
+
+KINDS = {"mixture": "", "uniform": " uniform", "cut only": " cut only"}
+"""What is measured per budget -> what its label in the metrics adds to the budget's name."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One denoiser of the evaluation: ``kind`` is dense, mixture, uniform or cut only; ``plan`` is None for dense."""
+
+    kind: str
+    plan: MixturePlan | None
+    metrics: Mapping[str, Any]
+    samples: np.ndarray
+    """[n, C, H, W] in [-1, 1]; the same n noises for every denoiser."""
+    experts: tuple[ExpertCheckpoint, ...] = ()
+    """Empty where nothing was trained."""
+
+    @property
+    def budget(self) -> str:
+        return label(self.plan.budget) if self.plan else ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.budget} {self.kind}".strip()
+
+    @property
+    def mse(self) -> float:
+        return float(self.metrics["paired_mse"])
+
+
+class Trainer(NamedTuple):
+    """One training run on the clock, in seconds since the epoch."""
+
+    name: str
+    interval: Interval
+    started: float
+    ended: float
+
+
+Points = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the report looks at. ``measured``: dense first, then budget by budget in the order of `KINDS`."""
+
+    prepared: Prepared
+    results: Mapping[str, dict[str, Any]]
+    seconds: Mapping[str, float]
+    matrix: SimilarityMatrix
+    partition: Partition
+    partitions: Mapping[str, tuple[Partition, float]]
+    """The chosen one first, then the baselines, each with its cost."""
+    trials: tuple[MixturePlan, ...]
+    chosen: tuple[MixturePlan, ...]
+    specialized: tuple[ExpertCheckpoint, ...]
+    measured: tuple[Measured, ...]
+    classes: tuple[int, ...] | None = None
+    """Of every sample; None for an unconditional model."""
+    latency: tuple[Path, LatencyTable] | None = None
+    """The table by which latency budgets were met, and where it lies."""
+
+    @property
+    def dense(self) -> Measured:
+        return self.measured[0]
+
+    def find(self, plan: MixturePlan, kind: str) -> Measured | None:
+        """What was measured of a kind at a plan's budget."""
+        return next((m for m in self.measured if m.plan and m.plan.budget == plan.budget and m.kind == kind), None)
+
+    def mixture(self, plan: MixturePlan) -> Measured:
+        return next(m for m in self.measured if m.plan == plan and m.kind == "mixture")
+
+    @property
+    def smallest(self) -> MixturePlan:
+        return min(self.chosen, key=lambda plan: plan.budget.ratio)
+
+    @property
+    def unrelated_mse(self) -> float:
+        """How far dense samples of different noise are from each other: what an MSE is to be compared with. NaN for one sample."""
+        samples = self.dense.samples.astype(np.float64)
+        return float(np.square(samples - np.roll(samples, 1, axis=0)).mean()) if len(samples) > 1 else math.nan
+
+
+def gather(prepared: Prepared) -> Evidence:
+    """Read the finished run. Raises: InputError naming the stage that is not done."""
+    records: dict[str, dict[str, Any]] = {}
+    for stage, fingerprint in prepared.pipeline.fingerprints.items():
+        record = prepared.store.done(stage, fingerprint)
+        if record is None:
+            raise InputError(f"no report yet: stage {stage} is not done in {prepared.store.folder}; `diffpruning run` does what is missing")
+        records[stage] = record
+    results = {stage: record["result"] for stage, record in records.items()}
+    trials = tuple(map(MixturePlan.from_json, results["route"]["trials"]))
+    chosen = tuple(map(MixturePlan.from_json, results["route"]["chosen"].values()))
+    metrics, trained = results["publish"]["metrics"], results["finetune"]["experts"]
+    with np.load(prepared.store.stage_folder("publish", prepared.pipeline.fingerprints["publish"]) / "samples.npz") as arrays:
+        samples = {label: arrays[label] for label in metrics}
+    measured = [Measured("dense", None, metrics["dense"], samples["dense"])]
+    for best in chosen:
+        uniform = next((trial for trial in trials if trial.agent == "uniform" and trial.budget == best.budget), best)
+        for kind, suffix in KINDS.items():
+            if (label := best.budget.name + suffix) in metrics:
+                plan = best if kind == "mixture" else uniform
+                names = [] if kind == "cut only" else [f"{plan.budget.name}-{plan.agent}-{i.name}" for i in plan.partition.intervals]
+                experts = tuple(ExpertCheckpoint.from_json(trained[name]) for name in names)
+                measured.append(Measured(kind, plan, metrics[label], samples[label], experts))
+    cut = results["partition"]
+    partitions = {"chosen": cut, **cut["baselines"]}
+    return Evidence(
+        prepared=prepared,
+        results=results,
+        seconds={stage: float(record["seconds"]) for stage, record in records.items()},
+        matrix=SimilarityMatrix.from_json(results["analyze"]["similarity"]),
+        partition=Partition.from_json(cut["partition"]),
+        partitions={name: (Partition.from_json(p["partition"]), float(p["cost"])) for name, p in partitions.items()},
+        trials=trials,
+        chosen=chosen,
+        specialized=tuple(map(ExpertCheckpoint.from_json, results["specialize"]["experts"])),
+        measured=tuple(measured),
+        classes=_classes(prepared, len(samples["dense"])),
+        latency=_latency_table(prepared.store.folder / "cache", chosen),
+    )
+
+
+def _classes(prepared: Prepared, samples: int) -> tuple[int, ...] | None:
+    """The class of every sample, as the publish stage drew it; None for an unconditional model, or one that is no longer there."""
+    from workers import conditioning  # torch, for a few integers
+
+    job = prepared.job
+    with contextlib.suppress(InputError, OSError):
+        found = conditioning.describe(job.model.path).of_seeds([derive_seed(job.seed, "sample", i) for i in range(samples)])
+        return None if found is None else tuple(found)
+    return None
+
+
+def _latency_table(folder: Path, plans: Sequence[MixturePlan]) -> tuple[Path, LatencyTable] | None:
+    """The table in ``folder`` whose predictions are the plans' costs."""
+    plan = next((plan for plan in plans if predicted_ms(plan) is not None), None)
+    for path in sorted(folder.glob("latency-*.json")) if plan else ():
+        with contextlib.suppress(InputError):
+            table = LatencyTable.load(path)
+            priced = zip(plan.experts, plan.expert_costs, strict=True)
+            if all(math.isclose(table.predict(spec.choices), cost.of("latency"), rel_tol=1e-6) for spec, cost in priced):
+                return path, table
+    return None
+
+
+def trials_of(e: Evidence, plan: MixturePlan) -> list[MixturePlan]:
+    """All trials of a plan's budget, best first."""
+    return sorted((trial for trial in e.trials if trial.budget == plan.budget), key=lambda trial: trial.loss)
+
+
+# --- training runs --------------------------------------------------------------------------------------------------
+
+
+def trainers(e: Evidence) -> dict[str, list[Trainer]]:
+    """Every training run, per stage, that recorded its time."""
+    found: dict[str, list[Trainer]] = {}
+    for stage, prefix, experts in [("specialize", "", e.specialized), *(("finetune", f"{m.name}  ", m.experts) for m in e.measured)]:
+        timed = [Trainer(prefix + span(x.interval), x.interval, x.started, x.ended) for x in experts if x.ended > x.started]
+        found[stage] = found.get(stage, []) + timed
+    return {stage: group for stage, group in found.items() if group}
+
+
+def history(expert: ExpertCheckpoint, run_folder: Path) -> Points | None:
+    """[(step, loss)] from the checkpoint's description; None if it cannot be read."""
+    try:
+        about = read_json(run_folder / expert.path / "checkpoint.json") or {}
+        return [(int(step), float(loss)) for step, loss in about["history"]] or None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def curves(e: Evidence) -> tuple[dict[str, dict[Interval, Points]], list[str]]:
+    """Loss curves: "specialize", then every fine-tuned mixture, by interval; and the names of those that cannot be read."""
+    found: dict[str, dict[Interval, Points]] = {}
+    missing = []
+    for name, experts in [("specialize", e.specialized), *((m.name, m.experts) for m in e.measured if m.experts)]:
+        for expert in experts:
+            if points := history(expert, e.prepared.store.folder):
+                found.setdefault(name, {})[expert.interval] = points
+            else:
+                missing.append(f"{name} {span(expert.interval)}")
+    return found, missing

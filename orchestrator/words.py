@@ -1,0 +1,67 @@
+"""How numbers and names read in texts, figures and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from workers.contracts import Budget, Cost, Interval, MixturePlan
+
+
+def percent(ratio: float) -> str:
+    return f"{100 * ratio:.3g}%"
+
+
+def sig(value: float) -> str:
+    """Three digits, zeros kept, so that numbers in a sentence can be compared."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def both(words: Iterable[str]) -> str:
+    """a, b and c."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def span(interval: Interval) -> str:
+    return f"t {interval.start}\N{EN DASH}{interval.stop}"
+
+
+def dropped(plan: MixturePlan) -> int:
+    """Branches dropped, over all experts."""
+    return sum(choice == 0 for spec in plan.experts for choice in spec.choices.values())
+
+
+def label(budget: Budget) -> str:
+    """Short, where room is scarce: ``65%``, or ``65% time``."""
+    return percent(budget.ratio) + ("" if budget.metric == "macs" else f" {budget.quantity}")
+
+
+def of_dense(budget: Budget) -> str:
+    """``65% of dense MACs``, or ``65% of dense time``."""
+    return f"{percent(budget.ratio)} of dense {budget.quantity}"
+
+
+def of_the_dense_model(budgets: Sequence[Budget]) -> str:
+    """``65% and 50% of the dense model's MACs and 60% of its time``."""
+    ratios: dict[str, list[str]] = {}
+    for budget in budgets:
+        ratios.setdefault(budget.quantity, []).append(percent(budget.ratio))
+    owners = ("the dense model's", *("its" for _ in budgets))
+    return both(f"{both(found)} of {whose} {quantity}" for (quantity, found), whose in zip(ratios.items(), owners, strict=False))
+
+
+def gmacs(cost: Cost) -> str:
+    """In both conventions, where they differ: ``101.20 GMACs (96.02 without attention products)``."""
+    aside = f" ({cost.macs_without_attention / 1e9:.2f} without attention products)" if cost.attention_macs else ""
+    return f"{cost.macs / 1e9:.2f} GMACs{aside}"
+
+
+def predicted_ms(plan: MixturePlan) -> float | None:
+    """Schedule-weighted time of a step for a batch, by the job's latency table; None if the plan was made without one."""
+    costs = (*plan.expert_costs, plan.dense_cost)
+    return None if any(cost.latency_ms is None for cost in costs) else plan.cost("latency")
+
+
+def timing(batch: int, dtype: str, compiled: bool) -> str:
+    """Under what a time holds: ``a batch of 16 in float32, not compiled``."""
+    return f"a batch of {batch} in {dtype}, " + ("with compiled blocks" if compiled else "not compiled")
