@@ -22,6 +22,7 @@ from orchestrator import __version__
 from orchestrator.cli_convert import convert_ldm
 from orchestrator.cli_options import device_here, json_option, set_option, show
 from orchestrator.cli_profile import profile
+from orchestrator.words import gmacs
 from workers.contracts import METRICS, InputError, RunFailed, VerificationError
 
 STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
@@ -99,8 +100,7 @@ def _plan_text(found: dict[str, Any]) -> str:
     gpu, model = found["device"] != "cpu", found["model"]
     budgets = ", ".join(f"{budget['ratio']:g} of dense {METRICS[budget['metric']]}" for budget in found["budgets"])
     timed = any(budget["metric"] == "latency" for budget in found["budgets"])
-    bare = f" ({model['macs_without_attention'] / 1e9:.2f} without attention products)"
-    counted = f"{model['macs'] / 1e9:.2f} GMACs" + (bare if model["macs"] != model["macs_without_attention"] else "")
+    counted = gmacs(model["macs"], model["macs_without_attention"])
     lines = [
         f"job        {found['job']}, run folder {found['run_folder']}",
         f"model      {model['path']}: {counted}, {model['params'] / 1e6:.2f}M parameters",

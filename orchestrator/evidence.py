@@ -157,7 +157,9 @@ def _classes(prepared: Prepared, samples: int) -> tuple[int, ...] | None:
 def _latency_table(folder: Path, plans: Sequence[MixturePlan]) -> tuple[Path, LatencyTable] | None:
     """The table in ``folder`` whose predictions are the plans' costs."""
     plan = next((plan for plan in plans if predicted_ms(plan) is not None), None)
-    for path in sorted(folder.glob("latency-*.json")) if plan else ():
+    if plan is None:
+        return None
+    for path in sorted(folder.glob("latency-*.json")):
         with contextlib.suppress(InputError):
             table = LatencyTable.load(path)
             priced = zip(plan.experts, plan.expert_costs, strict=True)

@@ -85,6 +85,7 @@ def cost_columns(e: Evidence) -> list[Column]:
     predicted = [math.nan if value is None else value for value in known]
     params = [[cost.params / 1e6 for cost in (m.plan.expert_costs if m.plan else (dense,))] for m in e.measured]
     every, largest = list(map(sum, params)), list(map(max, params))
+    kept = [count / 1e6 for count in _metric(e, "parameters")]
     columns = [
         Column("MACs", "of dense", [v / macs[0] for v in macs], ".1%"),
         Column("GMACs", "per step", macs, _decimals(macs)),
@@ -92,6 +93,7 @@ def cost_columns(e: Evidence) -> list[Column]:
         Column("GMACs", "exported", exported, _decimals(exported)) if _differ(exported, macs) else None,
         Column("parameters", "all, M", every, _decimals(largest)),
         Column("parameters", "largest, M", largest, _decimals(largest)),
+        Column("parameters", "exported, M", kept, _decimals(largest)) if _differ(kept, every) else None,
         Column("memory", "peak, MiB", memory, ".0f", min) if _differ(memory, [0] * len(memory)) else None,
         Column("time", "ms / step", time, _decimals(time), min),
         Column("time", "of dense", [v / time[0] for v in time], ".0%", min),
@@ -178,7 +180,7 @@ def build(prepared: Prepared) -> Path:
     drawn, published, latency = draw(e), e.results["publish"]["published"], prepared.job.latency
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    templates.filters.update(percent=percent, sh=shlex.quote, py=repr, sig=sig, dropped=dropped, gmacs=gmacs, of_dense=of_dense)
+    templates.filters.update(percent=percent, sh=shlex.quote, py=repr, sig=sig, dropped=dropped, of_dense=of_dense)
     page = templates.get_template("report.html").render(
         e=e,
         job=prepared.job,
@@ -192,6 +194,7 @@ def build(prepared: Prepared) -> Path:
         overlaps=[figures.overlap(stage, group) for stage, group in trainers(e).items()],
         missing=curves(e)[1],
         published=[(plan, published[plan.budget.name], _scheduler_class(published[plan.budget.name]["path"])) for plan in e.chosen],
+        gmacs=gmacs,
         fingerprint=prepared.pipeline.fingerprints["publish"],
         versions={"diffpruning": __version__, **{name: version(name) for name in ("torch", "diffusers", "numpy")}},
         median_reliability=median(e.matrix.reliability),

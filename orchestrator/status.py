@@ -11,7 +11,7 @@ from orchestrator.config import load_job
 from orchestrator.progress import duration, line
 from orchestrator.store import read_json
 from orchestrator.words import gmacs, of_dense, predicted_ms, timing
-from workers.contracts import Cost, InputError, MixtureManifest, MixturePlan, Progress
+from workers.contracts import InputError, MixtureManifest, Progress
 
 
 def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -58,23 +58,26 @@ def text(found: dict[str, Any]) -> str:
 
 def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
     plan, came, ms = manifest.plan, manifest.provenance, predicted_ms(manifest.plan)
+    dense = plan.dense_cost
+    attention = sum(share * cost.attention_macs for share, cost in zip(plan.shares, plan.expert_costs, strict=True))
     lines = [
         f"{reference}  {path}",
         f"budget    {of_dense(plan.budget)} for {plan.budget.scheduler}-{plan.budget.steps}: {plan.cost_ratio:.3f}; agent {plan.agent}",
-        f"cost      {gmacs(_mean(plan))} per step and image, {plan.macs_ratio:.3f} of dense's {gmacs(plan.dense_cost)}",
+        f"cost      {gmacs(plan.macs, plan.macs - attention)} per step and image",
+        f"          {plan.macs_ratio:.3f} of dense's {gmacs(dense.macs, dense.macs_without_attention)}",
     ]
     if ms is not None:
-        dense_ms = plan.dense_cost.of("latency")
-        lines.append(f"predicted {ms:.3g} ms per step{_batch(manifest)}, {ms / dense_ms:.3f} of dense's {dense_ms:.3g} ms")
+        dense_ms = dense.of("latency")
+        lines.append(f"predicted {ms:.3g} ms per step{_batch(manifest)}: {ms / dense_ms:.3f} of dense's {dense_ms:.3g} ms")
     lines += [
         f"from      {came.model} (sha256 {came.model_digest[:12]}), data {came.data}, seed {came.seed}",
         "",
         f"{'expert':<14}{'share':>7}{'GMACs':>9}{'no attention':>14}{'params':>9}{'dropped':>9}{'narrowed':>10}",
     ]
-    dense = {site: max(spec[site] for spec in plan.experts) for site in plan.experts[0].choices}
+    widest = {site: max(spec[site] for spec in plan.experts) for site in plan.experts[0].choices}
     for interval, spec, share, cost in zip(plan.partition.intervals, plan.experts, plan.shares, plan.expert_costs, strict=True):
         dropped = sum(choice == 0 for choice in spec.choices.values())
-        narrowed = sum(0 < choice < dense[site] for site, choice in spec.choices.items())
+        narrowed = sum(0 < choice < widest[site] for site, choice in spec.choices.items())
         macs = f"{cost.macs / 1e9:>9.3f}{cost.macs_without_attention / 1e9:>14.3f}"
         lines.append(f"{interval.name:<14}{share:>7.0%}{macs}{cost.params / 1e6:>8.2f}M{dropped:>9}{narrowed:>10}")
     told = any("peak_memory_mib" in m for m in manifest.metrics.values())
@@ -85,12 +88,6 @@ def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
         memory = f"{m['peak_memory_mib']:>10.0f}" if "peak_memory_mib" in m else ""
         lines.append(f"{label:<22}{m['denoising_loss']:>15.5f}{m['paired_mse']:>12.5f}{psnr:>9}{m['ms_per_step']:>9.1f}{memory}")
     return "\n".join(lines)
-
-
-def _mean(plan: MixturePlan) -> Cost:
-    """MACs of a step, weighted by the steps that each expert serves."""
-    attention = sum(share * cost.attention_macs for share, cost in zip(plan.shares, plan.expert_costs, strict=True))
-    return Cost(round(plan.macs), 0, round(attention))
 
 
 def _batch(manifest: MixtureManifest) -> str:

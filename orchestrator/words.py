@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from workers.contracts import Budget, Cost, Interval, MixturePlan
+from workers.contracts import Budget, Interval, MixturePlan
 
 
 def percent(ratio: float) -> str:
@@ -50,10 +50,13 @@ def of_the_dense_model(budgets: Sequence[Budget]) -> str:
     return both(f"{both(found)} of {whose} {quantity}" for (quantity, found), whose in zip(ratios.items(), owners, strict=False))
 
 
-def gmacs(cost: Cost) -> str:
+def gmacs(macs: float, without_attention: float) -> str:
     """In both conventions, where they differ: ``101.20 GMACs (96.02 without attention products)``."""
-    aside = f" ({cost.macs_without_attention / 1e9:.2f} without attention products)" if cost.attention_macs else ""
-    return f"{cost.macs / 1e9:.2f} GMACs{aside}"
+
+    def text(value: float) -> str:
+        return f"{value / 1e9:.2f}" if value >= 1e9 else sig(value / 1e9)
+
+    return f"{text(macs)} GMACs" + (f" ({text(without_attention)} without attention products)" if without_attention != macs else "")
 
 
 def predicted_ms(plan: MixturePlan) -> float | None:

@@ -187,7 +187,7 @@ def unknown_class(model: Path) -> str:
 
 def class_labels(model: Path) -> str:
     edit(model / "unet" / "config.json", num_class_embeds=10)
-    return "model.path: this UNet2DModel takes class labels"
+    return f"data.path: {QUICKSTART / 'noto-emoji-32.parquet'} has no labels, but the model is told a class"
 
 
 def flow_matching(model: Path) -> str:
@@ -566,11 +566,21 @@ def test_a_version_is_listed_and_shown(tmp_path):
         "agent": "era",
         "experts": 2,
         "cost_ratio": 0.5,
+        "of": "MACs",
+        "macs_ratio": 0.5,
         "paired_mse": 0.01,
         "denoising_loss": 0.1,
         "path": str(path),
     }
-    assert diffpruning("registry", "list").stdout.splitlines()[1].split() == ["emoji:1", "macs-0.50", "era", "2", "0.500", "0.01000"]
+    assert diffpruning("registry", "list").stdout.splitlines()[1].split() == [
+        "emoji:1",
+        "macs-0.50",
+        "era",
+        "2",
+        "0.500",
+        "MACs",
+        "0.01000",
+    ]
     shown = json.loads(diffpruning("registry", "show", "emoji@latest", "--json").stdout)
     assert shown == json.loads((path / "manifest.json").read_text())
     assert diffpruning("registry", "show", "emoji:1").stdout.startswith(f"emoji:1  {path}\n")
@@ -581,7 +591,7 @@ def test_a_version_without_metrics_is_listed_too(tmp_path):
     manifest = dataclasses.replace(Registry(tmp_path / "registry").resolve("emoji").manifest(), metrics={}, name="bare")
     Registry(tmp_path / "registry").publish("bare", dataclasses.replace(manifest, files={}), folder.parents[2] / "source")
     done = diffpruning("registry", "list", "bare")
-    assert done.stdout.splitlines()[1].split() == ["bare:1", "macs-0.50", "era", "2", "0.500"]
+    assert done.stdout.splitlines()[1].split() == ["bare:1", "macs-0.50", "era", "2", "0.500", "MACs"]
 
 
 @pytest.mark.parametrize(("out", "told"), [("gone/x.png", "--out: no such folder: gone"), (".", "--out: . is a folder")])

@@ -291,6 +291,10 @@ FIRST_STALE = {
     "data.resize": "analyze",
     "data.holdout": "analyze",
     "data.flip": "specialize",
+    "data.class_dropout": "specialize",
+    "data.latent_dtype": "analyze",
+    "data.encode_math": "analyze",
+    "data.encode_batch": None,  # changes latents by rounding only
     "similarity": "analyze",
     "similarity.bootstrap": "partition",
     "partition": "partition",
@@ -303,6 +307,9 @@ FIRST_STALE = {
     "router": "route",
     "budgets": "route",
     "sampler": "route",
+    "sampler.guidance_scale": "publish",
+    "latency": "route",
+    "export": "publish",
     "finetune": "finetune",
     "evaluate": "publish",
     "resources": None,
@@ -319,10 +326,12 @@ def leaf_keys(values: dict, place: str = "") -> list[str]:
 JOB = load_job("quickstart").model_dump(mode="json")
 
 
-def fingerprints(settings: dict, model: str = "m", data: str = "d") -> dict[str, str]:
+def fingerprints(settings: dict, model: str = "m", data: str = "d", first_stage: str = "f") -> dict[str, str]:
     from orchestrator.stages import STAGES
 
-    return Pipeline(STAGES, settings, {"model": model, "data.path": data}, RunStore(Path("nowhere"))).fingerprints
+    return Pipeline(
+        STAGES, settings, {"model": model, "data.path": data, "first_stage": first_stage}, RunStore(Path("nowhere"))
+    ).fingerprints
 
 
 def differing(settings: dict, **identity: str) -> list[str]:
@@ -356,7 +365,7 @@ def test_every_section_of_the_job_is_placed():
     assert {key.partition(".")[0] for key in FIRST_STALE} == set(JobConfig.model_fields)
 
 
-@pytest.mark.parametrize("identity", [{"model": "other"}, {"data": "other"}])
+@pytest.mark.parametrize("identity", [{"model": "other"}, {"data": "other"}, {"first_stage": "other"}])
 def test_another_model_or_other_images_make_everything_stale(identity):
     assert differing(JOB, **identity) == list(ALL)
 

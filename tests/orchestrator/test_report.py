@@ -39,7 +39,7 @@ SITES = (
     ElasticSite("down_blocks.0.attentions.0", (0, 1, 2), "head"),
     ElasticSite("down_blocks.0.resnets.0", (0, 2, 4), "group"),
 )
-DENSE = Cost(macs=1_000_000_000, params=4_000_000)
+DENSE = Cost(macs=1_000_000_000, params=4_000_000, attention_macs=100_000_000, latency_ms=40.0)
 T = 1000
 
 
@@ -48,8 +48,11 @@ def plan(budget: Budget, agent: str, partition: Partition, loss: float, choice: 
     spec = ArchitectureSpec({site.name: site.choices[choice] for site in SITES})
     shares = tuple(interval.length / T for interval in partition.intervals)
     ratio = budget.ratio if agent != "uniform" else 0.98 * budget.ratio
-    costs = tuple(Cost(int(ratio * DENSE.macs), 1_500_000 + 10_000 * k) for k in range(len(partition)))
-    return MixturePlan(budget, agent, 0, partition, (spec,) * len(partition), shares, costs, DENSE, loss, 12.5)
+    timed = budget.metric == "latency"
+    macs, ms = int(ratio * DENSE.macs * (1.1 if timed else 1)), 40 * ratio if timed else None
+    costs = tuple(Cost(macs, 1_500_000 + 10_000 * k, macs // 20, ms) for k in range(len(partition)))
+    dense = DENSE if timed else replace(DENSE, latency_ms=None)
+    return MixturePlan(budget, agent, 0, partition, (spec,) * len(partition), shares, costs, dense, loss, 12.5)
 
 
 def metrics(loss: float, mse: float | None, time: float) -> dict[str, Any]:
@@ -62,6 +65,8 @@ def finished_run(
     folder: Path,
     *,
     budgets: tuple[float, ...] = (0.65, 0.5),
+    metrics_of: tuple[str, ...] = ("macs", "macs"),
+    slower: float = 1.0,
     boundaries: tuple[int, ...] = (300,),
     losses: tuple[float, float, float] = (2.0, 1.5, 1.2),
     errors: tuple[float, float] = (0.1, 0.2),
@@ -72,18 +77,21 @@ def finished_run(
     changes: dict[str, Any] | None = None,
     skip: str = "",
 ) -> Prepared:
-    """A run folder as the six stages leave it. ``losses``: of uniform, greedy and era; ``errors``: of the mixture and uniform."""
+    """A run folder as the six stages leave it. ``losses``: of uniform, greedy and era; ``errors``: of the mixture and uniform.
+
+    ``metrics_of``: of every budget. ``slower``: how much more time than its ratio of dense a measured mixture takes.
+    """
     job = JobConfig.model_validate(
         {
             "name": "tiny",
             "storage": {"path": str(folder)},
             "model": {"path": "some/model"},
             "data": {"path": "some/images"},
-            "budgets": [{"ratio": ratio} for ratio in budgets],
+            "budgets": [{"ratio": ratio, "metric": metric} for ratio, metric in zip(budgets, metrics_of, strict=False)],
         }
     ).model_copy(update=changes or {})
     store = RunStore(folder / "run")
-    pipeline = Pipeline(STAGES, job.model_dump(mode="json"), {"model": "ab" * 32, "data.path": "cd" * 32}, store)
+    pipeline = Pipeline(STAGES, job.model_dump(mode="json"), {"model": "ab" * 32, "data.path": "cd" * 32, "first_stage": ""}, store)
     space = SearchSpace(SITES)
     prepared = Prepared(job, store, pipeline, CostTable(space, DENSE, {}, {}, {}), 1000)
 
@@ -108,8 +116,8 @@ def finished_run(
     arrays = {"dense": rng.uniform(-1, 1, (samples, 3, size, size)).astype(np.float32)}
     measured = {"dense": metrics(0.02, None, 40.0)}
     trials, chosen, tuned, published = [], {}, {}, {}
-    for number, ratio in enumerate(budgets, 1):
-        budget = Budget("macs", ratio, "ddim", 20)
+    for number, (ratio, metric) in enumerate(zip(budgets, metrics_of, strict=False), 1):
+        budget = Budget(metric, ratio, "ddim", 20)
         found = [
             plan(budget, agent, partition, loss, i)
             for i, (agent, loss) in enumerate(zip(("uniform", "greedy", "era"), losses, strict=True))
@@ -124,7 +132,7 @@ def finished_run(
             noisy = arrays["dense"] + error * rng.standard_normal(arrays["dense"].shape)
             arrays[budget.name + kind] = noisy.astype(np.float32)
             mse = float(np.square(arrays[budget.name + kind] - arrays["dense"]).mean())
-            measured[budget.name + kind] = metrics(0.021 + error / 10, mse, 40 * ratio + error)
+            measured[budget.name + kind] = metrics(0.021 + error / 10, mse, 40 * ratio * slower + error)
             for interval in partition.intervals if kind != " cut only" else ():
                 name = f"{budget.name}-{of.agent}-{interval.name}"
                 tuned[name] = expert(name, interval, 2000.0).to_json()

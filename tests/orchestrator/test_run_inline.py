@@ -41,6 +41,7 @@ sampler: {{steps: 4}}
 finetune: {{steps: 2, batch_size: 2}}
 evaluate: {{images: 2, samples: 2, timesteps: 2, batch_size: 2}}
 latency: {{batch: 2}}
+export: {{rewrites: []}}
 resources: {{device: cpu}}
 """
 

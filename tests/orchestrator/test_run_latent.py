@@ -1,6 +1,11 @@
 """Latent diffusion from the CompVis checkpoint to drawn samples: unconditional with KL, class-conditional with VQ."""
 
+import html
 import json
+import re
+import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +142,14 @@ def test_a_converted_model_runs_from_latents_to_the_registry(latent):
     assert (latent.folder / "runs" / latent.kind / "report.html").is_file()
 
 
+def test_the_report_counts_what_is_published_rewrites_included(latent):
+    manifest = json.loads((latent.version / "manifest.json").read_text())
+    plan, metrics = MixturePlan.from_json(manifest["plan"]), manifest["metrics"]["macs-0.60"]
+    mixture = MixtureDenoiser.from_pretrained(latent.version)
+    assert metrics["parameters"] == sum(p.numel() for p in mixture.parameters())
+    assert 0 < metrics["gmacs_per_step"] < plan.macs / 1e9
+
+
 def test_the_latents_are_encoded_once_whatever_changes_about_the_denoiser(latent):
     before = {path: path.stat().st_mtime_ns for path in latent.cache.iterdir()}
     again = diffpruning("encode", latent.job, "--inline", "--json")
@@ -181,6 +194,18 @@ def test_the_mixture_takes_the_place_of_the_dense_denoiser_in_its_pipeline(laten
     assert np.isfinite(drawn).all()
 
 
+def test_the_report_ends_with_code_that_draws_images_in_a_new_process(latent, tmp_path):
+    page = (latent.folder / "runs" / latent.kind / "report.html").read_text()
+    code, command = (html.unescape(block) for block in re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL))
+    assert ("ClassConditionalLDMPipeline" in code) == ("--class-label 0" in command) == (latent.kind == "imagenet")
+    code += "\nprint([image.size for image in images])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([(16, 16)] * (2 if latent.kind == "imagenet" else 1))
+    drawn = diffpruning(*shlex.split(command.splitlines()[0])[1:], "--count", 1, "--out", tmp_path / "a.png")
+    assert drawn.exit_code == 0, drawn.output
+
+
 def test_a_latency_budget_measures_its_table_first_and_is_met_by_it(latent):
     timed = ["run", latent.job, "--inline", "--json", "--set", "latency.batch=1", "--set", "name=timed"]
     found = diffpruning(*timed, "--set", "budgets=[{metric: latency, ratio: 0.7}]")
@@ -193,6 +218,13 @@ def test_a_latency_budget_measures_its_table_first_and_is_met_by_it(latent):
     table = LatencyTable.load(path)
     for expert, cost in zip(plan.experts, plan.expert_costs, strict=True):
         assert cost.latency_ms == pytest.approx(table.predict(expert.choices))
+    page = (latent.folder / "runs" / "timed" / "report.html").read_text()
+    assert "at 70% of the dense model&#39;s time" in page
+    assert "of dense MACs" not in page
+    assert table.identity.device in html.unescape(page)
+    shown = diffpruning("registry", "show", "timed", "--registry", latent.folder / "registry")
+    assert "70% of dense time" in shown.stdout
+    assert "for a batch of 1 in float32, not compiled" in shown.stdout
     impossible = diffpruning(*timed, "--set", "budgets=[{metric: latency, ratio: 0.001}]")
     assert impossible.exit_code == 3
     assert "of the dense model's measured time" in impossible.stderr

@@ -1,0 +1,178 @@
+"""What the report says of cost is what was measured or predicted, in which unit, and under which circumstances."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from orchestrator import evidence, figures, remarks, report, words
+from tests.orchestrator.test_report import SITES, finished_run, said
+from workers.contracts import Budget
+from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation
+
+MIXED = {"budgets": (0.65, 0.5), "metrics_of": ("macs", "latency")}
+
+
+def text_of(page: Path) -> str:
+    """The page without tags and pictures, every run of spaces as one."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page.read_text())).split())
+
+
+def table(ms: float) -> LatencyTable:
+    """Every sub-network takes ``ms``."""
+    identity = LatencyIdentity("Fast GPU", "float16", 8, 32, True, "digest", "2.11", "0.35", "13.0")
+    sites = {site.name: {str(choice): ms / len(SITES) for choice in site.choices} for site in SITES}
+    return LatencyTable(identity, 0.0, sites, 40.0, LatencyValidation(30, 0.012, 0.034))
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_latency_budget_is_a_part_of_dense_time_everywhere(tmp_path: Path) -> None:
+    text = text_of(report.build(finished_run(tmp_path, budgets=(0.5,), metrics_of=("latency",))))
+    assert "A mixture of 2 experts at 50% of the dense model's time. At 50% time, samples differ" in text
+    assert "Use tiny:1 (50% of dense time)" in text
+    assert "of dense MACs" not in text
+
+
+def test_budgets_of_both_metrics_and_the_same_ratio_are_told_apart(tmp_path: Path) -> None:
+    e = evidence.gather(finished_run(tmp_path, budgets=(0.5, 0.5), metrics_of=("macs", "latency")))
+    assert remarks.verdict(e).startswith("Two mixtures of 2 experts at 50% of the dense model's MACs and 50% of its time.")
+    assert list(report.key_rows(e, report.cost_columns(e))) == ["", "50% of dense MACs", "50% of dense time"]
+    assert {"50% mixture", "50% time mixture"} <= set(evidence.curves(e)[0])
+    assert set(report.draw(e)) == {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto"}
+
+
+def test_predicted_time_stands_beside_the_measured_one(tmp_path: Path) -> None:
+    e = evidence.gather(finished_run(tmp_path, **MIXED))
+    columns = {(column.title, column.unit): column for column in report.cost_columns(e)}
+    predicted = columns["predicted", "ms / step"]
+    assert [predicted.text(row) for row, m in enumerate(e.measured) if m.name in ("dense", "65% mixture", "50% time mixture")] == [
+        "40.0",
+        "",
+        "20.0",
+    ]
+    plain = report.cost_columns(evidence.gather(finished_run(tmp_path / "macs")))
+    assert "predicted" not in [column.title for column in plain]
+
+
+@pytest.mark.parametrize(
+    ("slower", "told"), [(1.05, ""), (1.3, "30% above the 50.0% that the latency table predicts"), (0.8, "20% below the 50.0%")]
+)
+def test_a_prediction_that_is_more_than_a_tenth_off_is_told(tmp_path: Path, slower: float, told: str) -> None:
+    found = said(finished_run(tmp_path, **MIXED, slower=slower, errors=(0.0, 0.2)), "warning")
+    assert told in found
+    assert ("latency table predicts" in found) == bool(told)
+
+
+def test_a_time_beyond_its_budget_is_told(tmp_path: Path) -> None:
+    assert "60% of the dense model's time on this device (predicted: 50%), with 55% of its MACs: more than the budget of 50%" in said(
+        finished_run(tmp_path, **MIXED, slower=1.2, errors=(0.0, 0.2)), "note"
+    )
+
+
+def test_the_table_that_was_used_is_found_among_others_and_described(tmp_path: Path) -> None:
+    prepared = finished_run(tmp_path, **MIXED)
+    cache = prepared.store.folder / "cache"
+    table(33.0).save(cache / "latency-0.json")
+    (cache / "latency-1.json").write_text("{ damaged")
+    table(20.0).save(cache / "latency-2.json")
+    text = text_of(report.build(prepared))
+    assert "latency-2.json: Fast GPU, float16, batch 8, compiled blocks; prediction error 1.2% (median), 3.4% (95th percentile)" in text
+    assert "for a batch of 8 in float16 on Fast GPU" in text
+    (cache / "latency-2.json").unlink()
+    assert "latency table:" not in (gone := text_of(report.build(prepared)))
+    assert "Fast GPU" not in gone
+
+
+def test_the_circumstances_of_the_measured_time_are_those_of_the_jobs_latency_section(tmp_path: Path) -> None:
+    job = finished_run(tmp_path / "a").job
+    latency = job.latency.model_copy(update={"batch": 3, "dtype": "bfloat16", "compile": True})
+    text = text_of(report.build(finished_run(tmp_path / "b", changes={"latency": latency})))
+    assert "Time is measured for a batch of 3 in bfloat16, with compiled blocks" in text
+
+
+# --- MACs and memory --------------------------------------------------------------------------------------------------
+
+
+def test_macs_are_told_with_and_without_attention_products(tmp_path: Path) -> None:
+    prepared = finished_run(tmp_path, budgets=(0.5,))
+    e = evidence.gather(prepared)
+    columns = {column.unit: [column.text(row) for row in range(2)] for column in report.cost_columns(e) if column.title == "GMACs"}
+    assert columns == {"per step": ["1.000", "0.500"], "no attention*": ["0.900", "0.475"]}
+    assert "1.00 GMACs (0.900 without attention products)" in text_of(report.build(prepared))
+    assert words.gmacs(101.2e9, 96.02e9) == "101.20 GMACs (96.02 without attention products)"
+    assert words.gmacs(2e9, 2e9) == "2.00 GMACs"
+
+
+def test_memory_and_the_counts_of_the_exported_models_are_shown_where_they_were_measured(tmp_path: Path) -> None:
+    e = evidence.gather(finished_run(tmp_path, budgets=(0.5,)))
+    assert not {"memory", "exported"} & {word for column in report.cost_columns(e) for word in (column.title, column.unit)}
+    measured = [
+        replace(m, metrics={**m.metrics, "peak_memory_mib": 100.0 + i, "gmacs_per_step": 0.4, "parameters": 7e6})
+        for i, m in enumerate(e.measured)
+    ]
+    columns = {(c.title, c.unit): c for c in report.cost_columns(replace(e, measured=tuple(measured)))}
+    assert columns["memory", "peak, MiB"].text(1) == "101"
+    assert columns["GMACs", "exported"].text(1) == "0.400"
+    assert columns["parameters", "exported, M"].text(1) == "7.00"
+
+
+def test_several_budgets_make_one_sentence() -> None:
+    budgets = [Budget("latency", 0.7, "ddim", 4), Budget("macs", 0.5, "ddim", 4), Budget("latency", 0.6, "ddim", 4)]
+    assert words.of_the_dense_model(budgets) == "70% and 60% of the dense model's time and 50% of its MACs"
+
+
+# --- pictures and code ------------------------------------------------------------------------------------------------
+
+
+def test_large_samples_are_few_and_reduced_so_that_the_page_stays_small(tmp_path: Path) -> None:
+    prepared = finished_run(tmp_path, samples=6, size=256)
+    page = report.build(prepared)
+    assert page.stat().st_size < 8e6  # noise, which no PNG makes smaller
+    width, height = Image.open(prepared.store.folder / "figures" / "samples.png").size
+    assert width <= 1000
+    assert height < 6 * 200
+    assert "The images are 256 pixels wide and shown smaller." in text_of(page)
+
+
+def test_samples_are_headed_by_their_classes(tmp_path: Path) -> None:
+    e = evidence.gather(finished_run(tmp_path))
+    assert e.classes is None
+    assert figures.samples(e.measured, (3, 1, 2)) != figures.samples(e.measured)
+
+
+def test_the_classes_of_samples_are_those_that_were_drawn(tmp_path: Path) -> None:
+    from workers.conditioning import Classes
+    from workers.contracts import derive_seed
+
+    model = tmp_path / "model"
+    (model / "unet").mkdir(parents=True)
+    config = {"_class_name": "UNet2DModel", "num_class_embeds": 7, "in_channels": 3, "out_channels": 3, "sample_size": 8}
+    (model / "unet" / "config.json").write_text(json.dumps(config))
+    base = finished_run(tmp_path / "a").job
+    changes = {"model": base.model.model_copy(update={"path": str(model)})}
+    prepared = finished_run(tmp_path / "b", changes=changes)
+    expected = Classes("class_labels", 7).of_seeds([derive_seed(base.seed, "sample", i) for i in range(3)])
+    assert evidence.gather(prepared).classes == tuple(expected or ())
+    text = text_of(report.build(prepared))
+    assert "Every column starts from the same noise and is of the same class." in text
+    assert "--class-label 0" in text
+    assert "DiffusionPipeline" not in text  # it would not tell the denoiser a class
+
+
+def test_a_class_conditional_latent_pipeline_is_loaded_by_its_own_class(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "ClassConditionalLDMPipeline"}))
+    base = finished_run(tmp_path / "a").job
+    changes = {"model": base.model.model_copy(update={"path": str(tmp_path / "model")})}
+    text = text_of(report.build(finished_run(tmp_path / "b", budgets=(0.5,), changes=changes)))
+    assert "from workers.ldm_pipeline import ClassConditionalLDMPipeline from workers.mixture import MixtureDenoiser" in text
+    assert "images = pipeline(class_labels=[0, 1], guidance_scale=1.0, num_inference_steps=20).images" in text
+    assert "from diffusers" not in text
