@@ -37,4 +37,6 @@ def _text(found: dict[str, Any]) -> str:
 def _fact(key: str, value: Any) -> str:
     if key == "parameters":
         return f"{value:,} parameters"
+    if isinstance(value, float):
+        return f"{key} {value:.6g}"
     return f"{value} weights" if key == "weights" else f"{key} {value}"

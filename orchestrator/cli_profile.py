@@ -66,6 +66,7 @@ def profile(
             dtype=dtype or config.latency.dtype,
             batch=size,
             compiled=config.latency.compile if compiled is None else compiled,
+            rewrites=config.export.rewrites,
             on_progress=_say,
         )
         found.append(_summary(table, table_path(out, table.identity)))

@@ -166,9 +166,6 @@ class Latency(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations.")
     compile: bool = Field(False, description="Residual blocks compiled with torch.compile, as diffusers' compile_repeated_blocks does.")
 
-    def timing(self) -> Timing:
-        return Timing(self.batch, self.dtype, self.compile)
-
 
 class Export(Section):
     rewrites: list[str] = Field(
@@ -223,6 +220,9 @@ class JobConfig(Section):
     def elastic_settings(self) -> ElasticSettings:
         return ElasticSettings(**self.elastic.model_dump())
 
+    def timing(self) -> Timing:
+        return Timing(self.latency.batch, self.latency.dtype, self.latency.compile, tuple(self.export.rewrites))
+
     @property
     def run_folder(self) -> Path:
         return Path(self.storage.path).expanduser().resolve() / self.name
@@ -233,11 +233,21 @@ def find_job(job: str) -> Path:
     path = Path(job).expanduser()
     if path.is_file():
         return path.resolve()
-    bundled = BUNDLED / f"{Path(job).name.removesuffix('.yaml')}.yaml"
-    if path.parent == Path(".") and bundled.is_file():
-        return bundled
-    known = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.yaml")))
-    raise InputError(f"no such job file: {job}; bundled jobs: {known}")
+    bundled = _bundled(job)
+    if bundled is None:
+        raise InputError(f"no such job file: {job}; bundled jobs: {_bundled_names()}")
+    return bundled
+
+
+def _bundled(job: str) -> Path | None:
+    """The file of a bundled job by its name, with or without .yaml; None if there is none."""
+    name = job.removesuffix(".yaml")
+    file = BUNDLED / f"{name}.yaml"
+    return file if name and Path(name).name == name and file.is_file() else None
+
+
+def _bundled_names() -> str:
+    return ", ".join(sorted(path.stem for path in BUNDLED.glob("*.yaml")))
 
 
 def load_job(job: str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -276,14 +286,19 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{path}: a job is a mapping of keys to values, not {type(values).__name__}")
     for section, key in PATH_KEYS:
         here = values.get(section)
-        if isinstance(here, dict) and isinstance(here.get(key), str) and (path.parent / here[key]).exists():
+        if not isinstance(here, dict) or not isinstance(here.get(key), str):
+            continue
+        if here[key].startswith(("./", "../")) or (path.parent / here[key]).exists():  # else perhaps a name on the Hub
             here[key] = str((path.parent / here[key]).resolve())
     base = values.pop("extends", None)
     if base is None:
         return values
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise InputError(f"{path.name}: extends: no such file: {base}")
-    return _merge(_read_layers((path.parent / base).resolve(), (*seen, path)), values)
+    beside = path.parent / base if isinstance(base, str) else None
+    if beside is None or not beside.is_file():
+        beside = _bundled(base) if isinstance(base, str) else None
+    if beside is None:
+        raise InputError(f"{path.name}: extends: no such file: {base}; bundled jobs: {_bundled_names()}")
+    return _merge(_read_layers(beside.resolve(), (*seen, path)), values)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from orchestrator.registry import Registry
 from orchestrator.stages import STAGES
 from orchestrator.store import RunStore
 from workers import conditioning, data, diffusion, families, first_stage, partition, similarity
-from workers.contracts import InputError
+from workers.contracts import InputError, digest_of
 from workers.cost import CostTable, cost_table, require_reachable
 
 TFLOPS = {"cpu": 0.07, "cuda": 60.0}
@@ -71,6 +71,8 @@ def prepare(job: JobConfig) -> Prepared:
         "model": families.model_digest(model),
         "first_stage": "" if stage is None else first_stage.digest(stage),
         "data.path": data.identity(str(images_at)),
+        # under what time is measured decides plans only where time is the budget
+        "timing": digest_of(job.timing().to_json()) if any(budget.metric == "latency" for budget in job.budgets) else "",
     }
     store.check_owner(owner(job, identity))
     pipeline = Pipeline(STAGES, job.model_dump(mode="json"), identity, store)

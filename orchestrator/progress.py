@@ -108,9 +108,10 @@ class ProgressView:
                 return  # a late line of work that is over
             if event.stage == self.stage and not begun:
                 self.units.clear()  # what it began with is over
+            before, now = self.units.get(event.unit), time.monotonic()
             self.units[event.unit] = event
-            now = time.monotonic()
-            tell = event.step == event.steps or now - self._told.get(event.unit, -1e9) > PLAIN_EVERY_S
+            ends = event.step == event.steps and (before is None or before.step != before.steps)  # said once
+            tell = ends or (event.step < event.steps and now - self._told.get(event.unit, -1e9) > PLAIN_EVERY_S)
             if tell:
                 self._told[event.unit] = now
         if tell and self._live is None:

@@ -163,7 +163,7 @@ def route(ctx: Context) -> dict[str, Any]:
     chosen = {budget: min((p for p in plans.values() if p.budget.name == budget), key=lambda p: p.loss) for budget in budgets}
     for budget, plan in chosen.items():
         losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans.values() if p.budget.name == budget)
-        ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {_what(plan)} (search loss: {losses})")
+        ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} (search loss: {losses})")
         for interval, share in zip(plan.partition.intervals, plan.shares, strict=True):
             served = round(share * job.sampler.steps)
             if served < 2:
@@ -264,7 +264,7 @@ STAGES = (
         ("elastic", "specialize", "data.flip", "data.class_dropout"),
         ("specialize.checkpoint_every",),
     ),
-    Stage("route", route, ("specialize",), ("router", "budgets", "latency", "sampler.scheduler", "sampler.steps")),
+    Stage("route", route, ("specialize",), ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps")),
     Stage("finetune", finetune, ("route",), ("finetune",), ("finetune.checkpoint_every",)),
     Stage(
         "publish",
@@ -356,7 +356,7 @@ def _latency(ctx: Context) -> str | None:
     if all(budget.metric != "latency" for budget in job.budgets):
         return None
     elastic = job.elastic_settings()
-    item = LatencyTask(job.model.path, elastic, job.latency.timing(), str(ctx.store.folder / "cache"))
+    item = LatencyTask(job.model.path, elastic, job.timing(), str(ctx.store.folder / "cache"))
     [path] = ctx.cluster.scatter(tasks.measure_latency, [item])
     table = cost_table(families.load_config(job.model.path), elastic).with_latency(LatencyTable.load(Path(path)))
     for i, budget in enumerate(job.budgets):
@@ -384,10 +384,6 @@ def _located(ctx: Context, expert: dict[str, Any]) -> ExpertCheckpoint:
     """A stored checkpoint, with its path made absolute."""
     found = ExpertCheckpoint.from_json(expert)
     return replace(found, path=str(ctx.store.folder / found.path))
-
-
-def _what(plan: MixturePlan) -> str:
-    return "MACs" if plan.budget.metric == "macs" else "time"
 
 
 def _plans(ctx: Context) -> list[MixturePlan]:
@@ -446,9 +442,8 @@ def _measure(ctx: Context, denoisers: dict[str, DenoiserRef]) -> dict[str, dict[
         seed=job.seed,
         device=ctx.cluster.need.device,
         out="",
-        timing=job.latency.timing(),
+        timing=job.timing(),
         guidance_scale=job.sampler.guidance_scale,
-        rewrites=tuple(job.export.rewrites),
     )
     rows = np.array_split(held_out[: settings.images], settings.shards)
     seeds = np.array_split([derive_seed(job.seed, "sample", i) for i in range(settings.samples)], settings.shards)

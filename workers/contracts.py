@@ -253,11 +253,12 @@ class ElasticSettings(Record):
 
 @dataclass(frozen=True)
 class Timing(Record):
-    """Under what a denoiser is timed. ``compiled``: with regional compilation."""
+    """Under what a denoiser is timed. ``compiled``: with regional compilation; ``rewrites``: those of what is exported."""
 
     batch: int
     dtype: str
     compiled: bool
+    rewrites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -380,8 +381,6 @@ class EvaluateTask(Record):
     out: str
     timing: Timing
     guidance_scale: float = 1.0
-    rewrites: tuple[str, ...] = ()
-    """Exact rewrites under which denoisers are timed and counted, dense too: what is published has them."""
 
 
 # --- what is published ----------------------------------------------------------------------------------------------

@@ -56,8 +56,9 @@ def paired_metrics(samples: np.ndarray, dense: np.ndarray) -> dict[str, float | 
 def cost_per_step(model: Any, task: EvaluateTask, device: str, repeats: int = 5) -> dict[str, float]:
     """What one denoising step costs with this very model, weighted by the steps that each expert serves; nothing else may be running.
 
-    ``ms_per_step``: time of a batch of ``task.timing``, the median of ``repeats`` per expert; ``gmacs_per_step``: of one image; ``parameters``: of
-    all experts; on a GPU ``peak_memory_mib``: the most that weights and activations of the batch take. The model is converted to the timing's dtype for good.
+    ``ms_per_step``: time of a batch of ``task.timing``, the median of ``repeats`` per expert; ``gmacs_per_step``: of one image;
+    ``parameters``: of all experts; on a GPU ``peak_memory_mib``: the most that weights and activations of the batch take. The model is
+    converted to the timing's dtype for good.
     """
     config, timing = families.load_config(task.model), task.timing
     timesteps = sampler_timesteps(task.scheduler, families.load_scheduler_config(task.model), task.steps)

@@ -27,6 +27,7 @@ from workers.contracts import ArchitectureSpec, ElasticSettings, Progress, Searc
 from workers.elastic import Branch, extract, search_space
 from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation, find, table_path
 from workers.regional import RegionCompiler
+from workers.rewrites import apply
 from workers.training import random_network
 
 WEIGHT_STD = 0.02
@@ -178,6 +179,7 @@ def observe(
     inputs: Any,
     *,
     weights: Weights,
+    rewrites: Sequence[str],
     compiler: RegionCompiler | None,
     clock: Clock,
     visits: int,
@@ -189,7 +191,7 @@ def observe(
     found, networks, steps = [Observation(spec) for spec in specs], [], len(specs) * (1 + visits)
     args, kwargs = inputs
     for spec in specs:
-        small = weights.fill(extract(model, branches, spec)).eval()
+        small = weights.fill(apply(extract(model, branches, spec), rewrites)).eval()
         networks.append(small if compiler is None else compiler.compile(small))
         networks[-1](*args, **kwargs)
         clock.wait()
@@ -238,7 +240,7 @@ def meta_model(config: dict[str, Any], settings: ElasticSettings) -> tuple[nn.Mo
 
 
 def identity_of(
-    config: dict[str, Any], settings: ElasticSettings, *, device: str, dtype: str, batch: int, compiled: bool
+    config: dict[str, Any], settings: ElasticSettings, *, device: str, dtype: str, batch: int, compiled: bool, rewrites: Sequence[str] = ()
 ) -> LatencyIdentity:
     """What a table measured here and now would hold for. ``device``: cpu or cuda; ``dtype``: the name of a torch dtype."""
     space = search_space(meta_model(config, settings)[1])
@@ -253,6 +255,7 @@ def identity_of(
         torch=torch.__version__,
         diffusers=diffusers.__version__,
         cuda=torch.version.cuda if device.startswith("cuda") else None,
+        rewrites=tuple(sorted(rewrites)),
     )
 
 
@@ -274,6 +277,7 @@ def measure(
     dtype: str,
     batch: int,
     compiled: bool = False,
+    rewrites: Sequence[str] = (),
     visits: int = 7,
     validation_networks: int = 30,
     seed: int = 0,
@@ -283,9 +287,10 @@ def measure(
     """Measure the table of every site choice of a denoiser, and its error on ``validation_networks`` random sub-networks.
 
     ``device``: cpu or cuda; ``dtype``: float32, bfloat16 or float16; ``batch``: images of a forward pass; ``compiled``: with regional
-    compilation. Every network is visited ``visits`` times. Nothing else should run on the device meanwhile.
+    compilation; ``rewrites``: exact ones that every network gets. Every network is visited ``visits`` times. Nothing else should run on
+    the device meanwhile.
     """
-    identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, compiled=compiled)
+    identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, compiled=compiled, rewrites=rewrites)
     model, branches = meta_model(config, settings)
     covering = covering_networks(search_space(branches), seed)
     unseen = random_networks(search_space(branches), validation_networks, seed)
@@ -299,6 +304,7 @@ def measure(
         model,
         branches,
         families.example_inputs(config, batch, device, getattr(torch, dtype)),
+        rewrites=rewrites,
         weights=Weights(device, getattr(torch, dtype), derive_seed(seed, "latency", "weights")),
         compiler=RegionCompiler() if compiled else None,
         clock=clock or (CudaClock() if device.startswith("cuda") else CpuClock()),
@@ -318,15 +324,17 @@ def find_or_measure(
     dtype: str,
     batch: int,
     compiled: bool = False,
+    rewrites: Sequence[str] = (),
     on_progress: Callable[[Progress], None] = lambda event: None,
 ) -> LatencyTable:
     """The table of this denoiser, here and now: from ``folder`` if it was measured before, else measured and put there.
 
     Raises: InputError if the file that should hold it is damaged or another's.
     """
-    identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, compiled=compiled)
+    identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, compiled=compiled, rewrites=rewrites)
     table = find(folder, identity)
     if table is None:
-        table = measure(config, settings, device=device, dtype=dtype, batch=batch, compiled=compiled, on_progress=on_progress)
+        kind: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "compiled": compiled, "rewrites": rewrites}
+        table = measure(config, settings, **kind, on_progress=on_progress)
         table.save(table_path(folder, identity))
     return table

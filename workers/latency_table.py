@@ -30,6 +30,8 @@ class LatencyIdentity(Record):
     torch: str
     diffusers: str
     cuda: str | None
+    rewrites: tuple[str, ...] = ()
+    """Exact rewrites that all networks had."""
 
     @property
     def digest(self) -> str:

@@ -89,6 +89,7 @@ def measure_latency(session: Session, item: LatencyTask) -> str:
         dtype=item.timing.dtype,
         batch=item.timing.batch,
         compiled=item.timing.compiled,
+        rewrites=item.timing.rewrites,
         on_progress=session.report,
     )
     return str(table_path(Path(item.folder), table.identity))
@@ -327,7 +328,7 @@ def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
 
 
 def rewritten(model: Any, names: Sequence[str]) -> Any:
-    """The denoiser, dense or a mixture, as it is exported."""
+    """The denoiser, a mixture or dense, with the exact rewrites that exporting applies: dense is timed with them too, to be fair."""
     return model.rewrite(names) if isinstance(model, MixtureDenoiser) else rewrites.apply(model, names)
 
 
@@ -369,7 +370,7 @@ def summarise(session: Session, item: tuple[tuple[EvaluateTask, ...], str]) -> d
             "denoising_loss_by_timestep": [float(v) for v in losses[label].mean(0)],
             "timesteps": list(task.timesteps),
             **evaluate.paired_metrics(samples[label], samples["dense"]),
-            **evaluate.cost_per_step(rewritten(load_reference(task.denoiser, task.model), task.rewrites), task, session.device),
+            **evaluate.cost_per_step(rewritten(load_reference(task.denoiser, task.model), task.timing.rewrites), task, session.device),
         }
     with replacing(Path(out)) as path:
         np.savez(path, **arrays)

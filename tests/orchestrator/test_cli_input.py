@@ -187,7 +187,7 @@ def unknown_class(model: Path) -> str:
 
 def class_labels(model: Path) -> str:
     edit(model / "unet" / "config.json", num_class_embeds=10)
-    return f"data.path: {QUICKSTART / 'noto-emoji-32.parquet'} has no labels, but the model is told a class"
+    return f"data.path: {ROOT / 'jobs' / 'quickstart' / 'noto-emoji-32.parquet'} has no labels, but the model is told a class"
 
 
 def flow_matching(model: Path) -> str:

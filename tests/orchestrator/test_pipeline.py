@@ -308,7 +308,7 @@ FIRST_STALE = {
     "budgets": "route",
     "sampler": "route",
     "sampler.guidance_scale": "publish",
-    "latency": "route",
+    "latency": "publish",
     "export": "publish",
     "finetune": "finetune",
     "evaluate": "publish",
@@ -326,11 +326,11 @@ def leaf_keys(values: dict, place: str = "") -> list[str]:
 JOB = load_job("quickstart").model_dump(mode="json")
 
 
-def fingerprints(settings: dict, model: str = "m", data: str = "d", first_stage: str = "f") -> dict[str, str]:
+def fingerprints(settings: dict, model: str = "m", data: str = "d", first_stage: str = "f", timing: str = "") -> dict[str, str]:
     from orchestrator.stages import STAGES
 
     return Pipeline(
-        STAGES, settings, {"model": model, "data.path": data, "first_stage": first_stage}, RunStore(Path("nowhere"))
+        STAGES, settings, {"model": model, "data.path": data, "first_stage": first_stage, "timing": timing}, RunStore(Path("nowhere"))
     ).fingerprints
 
 
@@ -368,6 +368,10 @@ def test_every_section_of_the_job_is_placed():
 @pytest.mark.parametrize("identity", [{"model": "other"}, {"data": "other"}, {"first_stage": "other"}])
 def test_another_model_or_other_images_make_everything_stale(identity):
     assert differing(JOB, **identity) == list(ALL)
+
+
+def test_under_what_time_is_measured_counts_where_it_is_the_budget():
+    assert differing(JOB, timing="compiled") == list(FROM["route"])
 
 
 def test_the_names_of_the_command_are_those_of_the_stages():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -500,6 +501,14 @@ def test_a_missing_key_is_named(pipeline):
 def test_an_extra_key_is_named(pipeline):
     save_file({**load_file(pipeline / WEIGHTS), "attic.bias": torch.zeros(1)}, pipeline / WEIGHTS, metadata={"format": "pt"})
     assert "unexpected attic.bias" in error_of(pipeline)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_named(pipeline, value):
+    weights = load_file(pipeline / WEIGHTS)
+    weights["conv_out.bias"][0] = value
+    save_file(weights, pipeline / WEIGHTS, metadata={"format": "pt"})
+    assert "conv_out.bias holds NaN or infinity" in error_of(pipeline)
 
 
 def test_the_oldest_pipeline_layout_loads(pipeline, tmp_path, emoji):

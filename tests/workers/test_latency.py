@@ -213,6 +213,7 @@ OTHERS = {
     "torch": "2.12",
     "diffusers": "0.41",
     "cuda": None,
+    "rewrites": ("fuse_qkv",),
 }
 
 

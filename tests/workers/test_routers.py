@@ -348,6 +348,18 @@ def test_gradients_reach_every_part_of_the_agent(roomy):
     assert not model.inputs.requires_grad
 
 
+def test_freeing_an_experts_activations_changes_neither_loss_nor_gradient(roomy, monkeypatch):
+    problem, model = with_ratio(roomy, 0.5), era.Agent(roomy, (roomy.space.dense,) * 2)
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        loss = era._agent_loss(model, problem, SETTINGS, torch.Generator().manual_seed(0), random.Random(0))
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    found = loss_and_gradients()
+    monkeypatch.setattr(era, "_expert_loss", RouteProblem.gated_loss)
+    torch.testing.assert_close(found, loss_and_gradients(), rtol=1e-4, atol=1e-6)
+
+
 def test_one_experts_choice_depends_on_the_others(agent):
     model, _, _ = agent
     model.inputs.requires_grad_()

@@ -136,6 +136,9 @@ def load_denoiser(folder: str | Path) -> nn.Module:
     odd = [f"{word} {key}" for word in ("missing", "unexpected") for key in sorted(found[f"{word}_keys"])]
     if odd:
         raise InputError(f"model.path: the weights in {where} do not fit their config: {len(odd)} keys, {', '.join(odd[:3])}")
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise InputError(f"model.path: the weights in {where} are damaged: {bad[0]} holds NaN or infinity: download them again")
     return model.eval()
 
 

@@ -9,6 +9,7 @@ It starts from the greedy plan, and its answer is the best plan met on the way.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -115,9 +116,19 @@ def _agent_loss(agent: Agent, problem: RouteProblem, settings: RouteSettings, no
             price = price - problem.price(site.name, site.dense) + keep * branch + (1 - keep) * dropped
         rows = rng.sample(range(len(problem.search_batches[k].noisy)), min(settings.era_batch, len(problem.search_batches[k].noisy)))
         if problem.shares[k] > 0:
-            quality = quality + problem.shares[k] * problem.gated_loss(k, gates, rows)
+            quality = quality + problem.shares[k] * _expert_loss(problem, k, gates, rows)
         cost = cost + problem.shares[k] * price
     return quality.clamp_min(1e-8).log() + settings.cost_weight * (cost / problem.ratio).log().abs()
+
+
+def _expert_loss(problem: RouteProblem, k: int, gates: Mapping[str, tuple[Tensor, Tensor]], rows: Sequence[int]) -> Tensor:
+    """``problem.gated_loss`` to first order: its value and its gradient in the gates. The expert's activations are freed at once, so that
+    the search needs the memory of one expert, not of all."""
+    leaves = {site: (units.detach().requires_grad_(), keep.detach().requires_grad_()) for site, (units, keep) in gates.items()}
+    loss = problem.gated_loss(k, leaves, rows)
+    slopes = torch.autograd.grad(loss, [leaf for pair in leaves.values() for leaf in pair])
+    ends = [gate for pair in gates.values() for gate in pair]
+    return loss.detach() + sum(((gate - gate.detach()) * slope).sum() for gate, slope in zip(ends, slopes, strict=True))
 
 
 def _sample(width: Tensor, depth: Tensor, site: ElasticSite, temperature: float, noise: torch.Generator) -> tuple[Tensor, Tensor]:
