@@ -22,7 +22,7 @@ from orchestrator import __version__
 from orchestrator.cli_convert import convert_ldm
 from orchestrator.cli_options import device_here, json_option, set_option, show
 from orchestrator.cli_profile import profile
-from orchestrator.words import gmacs
+from orchestrator.words import gigabytes, gmacs, hours
 from workers.contracts import METRICS, InputError, RunFailed, VerificationError
 
 STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
@@ -105,7 +105,9 @@ def _plan_text(found: dict[str, Any]) -> str:
         f"job        {found['job']}, run folder {found['run_folder']}",
         f"model      {model['path']}: {counted}, {model['params'] / 1e6:.2f}M parameters",
         f"data       {found['data']['path']}: {found['data']['images']} images",
-        f"budgets    {budgets} (the smallest possible is {model['smallest_ratio']:.3f} of MACs{'; time is measured first' * timed})",
+        f"budgets    {budgets}" + ", measured first" * timed,
+        f"           the smallest possible is {model['smallest_ratio']:.3f} of dense MACs",
+        f"needs      up to {gigabytes(found['disk_bytes'])} of disk; {gigabytes(found['trainer_bytes'])} of memory per trainer, and activations",
         "",
         f"{'stage':<12}{'state':<9}{'work':<20}{'per worker':<18}{'estimate':<24}taken",
     ]
@@ -115,8 +117,8 @@ def _plan_text(found: dict[str, Any]) -> str:
             if s["cpus_per_worker"]
             else "-"
         )
-        gpu_text = f"{s['gpu_hours']:.2g} GPU-h" + (f" or {s['cpu_core_hours']:.2g} core-h" if found["device"] == "auto" else "")
-        estimate = (gpu_text if gpu else f"{s['cpu_core_hours']:.2g} core-h") if s["cpu_core_hours"] else "seconds"
+        gpu_text = f"{hours(s['gpu_hours'])} GPU-h" + (f" or {hours(s['cpu_core_hours'])} core-h" if found["device"] == "auto" else "")
+        estimate = (gpu_text if gpu else f"{hours(s['cpu_core_hours'])} core-h") if s["cpu_core_hours"] >= 0.01 else "seconds"
         taken = "" if s["seconds_taken"] is None else f"{s['seconds_taken']:.0f} s"
         lines.append(f"{s['stage']:<12}{s['state']:<9}{s['work']:<20}{worker:<18}{estimate:<24}{taken}".rstrip())
     return "\n".join(lines)

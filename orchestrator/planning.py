@@ -21,6 +21,8 @@ TFLOPS = {"cpu": 0.07, "cuda": 60.0}
 """Sustained training speed that estimates assume: per CPU core, and per GPU. Orders of magnitude, not promises."""
 BYTES_FREE_PER_PARAMETER = 16
 """A checkpoint holds weights, average and two moments in float32; two are kept."""
+BYTES_TRAINED_PER_PARAMETER = 24
+"""A trainer holds the dense weights, and those of its expert with gradient, average and two moments, in float32."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Prepared:
     pipeline: Pipeline
     table: CostTable
     images: int
+    disk_bytes: int
+    """That checkpoints and latents take in all."""
 
 
 def prepare(job: JobConfig) -> Prepared:
@@ -57,7 +61,8 @@ def prepare(job: JobConfig) -> Prepared:
         if budget.metric == "macs":  # time has to be measured first
             require_reachable(table, budget.ratio, f"budgets.{i}.ratio")
     latent_bytes = 2 * images * 4 * config["in_channels"] * config["sample_size"] ** 2 if first_stage.locate(model) else 0
-    _check_space(job, store.folder, table, latent_bytes)
+    disk_bytes = _disk_bytes(job, table, latent_bytes)
+    _check_space(store.folder, disk_bytes)
     _nearest_folder(Registry(job.registry.path).root, "registry.path")
     job = job.model_copy(
         update={
@@ -76,7 +81,7 @@ def prepare(job: JobConfig) -> Prepared:
     }
     store.check_owner(owner(job, identity))
     pipeline = Pipeline(STAGES, job.model_dump(mode="json"), identity, store)
-    return Prepared(job, store, pipeline, table, images)
+    return Prepared(job, store, pipeline, table, images, disk_bytes)
 
 
 def _image_shape(model: Path, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -163,13 +168,15 @@ def _check_images(job: JobConfig, images: int) -> None:
         )
 
 
-def _check_space(job: JobConfig, folder: Path, table: CostTable, cache_bytes: int) -> None:
-    """Raises: InputError if the disk cannot hold the checkpoints that the job will keep at one time, and its latents."""
+def _disk_bytes(job: JobConfig, table: CostTable, cache_bytes: int) -> int:
+    """The most that the checkpoints that the job keeps at one time, and its latents, take."""
+    runs = _experts(job) * (1 + len(job.budgets) * (2 if job.finetune.compare_uniform else 1))
+    return round(2 * BYTES_FREE_PER_PARAMETER * table.dense.params * runs + cache_bytes)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raises: InputError if the disk cannot hold what the job will still write."""
     there = _nearest_folder(folder, "storage.path")
-    experts = _experts(job)
-    runs = experts * (1 + len(job.budgets) * (2 if job.finetune.compare_uniform else 1))
-    needed = 2 * BYTES_FREE_PER_PARAMETER * table.dense.params * runs
-    needed += cache_bytes
     written = (*folder.glob("train/**/*"), *folder.glob("cache/latents-*/*"))
     needed -= sum(path.stat().st_size for path in written if path.is_file())  # what a resumed job has written
     free = shutil.disk_usage(there).free
@@ -254,5 +261,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "data": {"path": job.data.path, "images": prepared.images},
         "budgets": [budget.model_dump() for budget in job.budgets],
         "device": need.device,
+        "disk_bytes": prepared.disk_bytes,
+        "trainer_bytes": round(BYTES_TRAINED_PER_PARAMETER * table.dense.params),
         "stages": stages,
     }

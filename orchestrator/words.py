@@ -59,6 +59,16 @@ def gmacs(macs: float, without_attention: float) -> str:
     return f"{text(macs)} GMACs" + (f" ({text(without_attention)} without attention products)" if without_attention != macs else "")
 
 
+def gigabytes(count: float) -> str:
+    """Of bytes: ``31 GB``, ``0.027 GB``."""
+    return f"{count / 1e9:,.0f} GB" if count >= 1e10 else f"{count / 1e9:.2g} GB"
+
+
+def hours(value: float) -> str:
+    """An estimate: ``1,234``, ``2.3``, ``0.06``, ``<0.01``."""
+    return "<0.01" if value < 0.01 else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def predicted_ms(plan: MixturePlan) -> float | None:
     """Schedule-weighted time of a step for a batch, by the job's latency table; None if the plan was made without one."""
     costs = (*plan.expert_costs, plan.dense_cost)

@@ -91,7 +91,9 @@ def finished_run(
         }
     ).model_copy(update=changes or {})
     store = RunStore(folder / "run")
-    pipeline = Pipeline(STAGES, job.model_dump(mode="json"), {"model": "ab" * 32, "data.path": "cd" * 32, "first_stage": ""}, store)
+    pipeline = Pipeline(
+        STAGES, job.model_dump(mode="json"), {"model": "ab" * 32, "data.path": "cd" * 32, "first_stage": "", "timing": ""}, store
+    )
     space = SearchSpace(SITES)
     prepared = Prepared(job, store, pipeline, CostTable(space, DENSE, {}, {}, {}), 1000)
 
