@@ -105,9 +105,10 @@ def _plan_text(found: dict[str, Any]) -> str:
         f"job        {found['job']}, run folder {found['run_folder']}",
         f"model      {model['path']}: {counted}, {model['params'] / 1e6:.2f}M parameters",
         f"data       {found['data']['path']}: {found['data']['images']} images",
-        f"budgets    {budgets}" + ", measured first" * timed,
-        f"           the smallest possible is {model['smallest_ratio']:.3f} of dense MACs",
-        f"needs      up to {gigabytes(found['disk_bytes'])} of disk; {gigabytes(found['trainer_bytes'])} of memory per trainer, and activations",
+        f"budgets    {budgets}",
+        f"           the smallest possible is {model['smallest_ratio']:.3f} of dense MACs" + "; time is measured first" * timed,
+        f"needs      up to {gigabytes(found['disk_bytes'])} of disk; "
+        f"{gigabytes(found['trainer_bytes'])} of memory per trainer, and activations",
         "",
         f"{'stage':<12}{'state':<9}{'work':<20}{'per worker':<18}{'estimate':<24}taken",
     ]
@@ -194,10 +195,11 @@ def encode(job: str, overrides: tuple[str, ...], inline: bool, as_json: bool) ->
     prepared = planning.prepare(config)
     plan = stages.encode_plan(prepared.job, prepared.store, prepared.pipeline.identity)  # refuses before anything is written
     with _driver(prepared, inline) as (view, cluster):
-        view.on_stage("encode", "running", 0.0)
+        view.on_stage("encode", "already done" if plan.finished else "running", 0.0)
         started = time.monotonic()
         made = stages.encode_images(plan, cluster, view.say)
-        view.on_stage("encode", "finished", time.monotonic() - started)
+        if not plan.finished:
+            view.on_stage("encode", "finished", time.monotonic() - started)
     show(made, as_json, lambda: f"{made['count']} images as latents in {made['path']}")
 
 
@@ -206,9 +208,9 @@ def _as_interrupt(*_: Any) -> None:
 
 
 def _run_text(found: dict[str, Any]) -> str:
-    lines = [f"{p['reference']:<16}{name:<12}{p['path']}" for name, p in found["published"].items()]
+    lines = [f"{p['reference']:<16}{name:<14}{p['path']}" for name, p in found["published"].items()]
     if found["report"]:
-        lines.append(f"{'report':<28}{found['report']}")
+        lines.append(f"{'report':<30}{found['report']}")
     return "\n".join(lines) or f"run folder {found['run_folder']}"
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from workers.contracts import InputError
+
 
 @click.command(name="convert-ldm")
 @click.argument("checkpoint", metavar="CKPT")
@@ -19,9 +21,15 @@ def convert_ldm(checkpoint: str, config: str, out: str, no_ema: bool, as_json: b
 
     No code in the checkpoint is run. What diffusers cannot express exactly is refused by its key in the yaml.
     """
+    from orchestrator.store import storage_error
     from workers.convert_ldm import convert
 
-    found = convert(checkpoint, config, out, ema=not no_ema)
+    try:
+        found = convert(checkpoint, config, out, ema=not no_ema)
+    except OSError as error:
+        if storage_error(error) is not None:
+            raise
+        raise InputError(f"--out: cannot write {out}: {error.strerror}") from None
     click.echo(json.dumps(found, indent=1) if as_json else _text(found))
 
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli_options import device_here, json_option, set_option, show
+from orchestrator.words import DOUBTFUL_ERROR
 from workers.contracts import InputError, Progress
 
 if TYPE_CHECKING:
     from workers.latency_table import LatencyTable
 
 TOP_SITES = 8
-DOUBTFUL_ERROR = 0.1
-"""Median prediction error beyond which something else was probably running."""
 
 
 @click.command()

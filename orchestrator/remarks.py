@@ -131,11 +131,9 @@ def _mispredicted(e: Evidence) -> list[Remark]:
             off = f"{abs(measured / predicted - 1):.0%} {'above' if measured > predicted else 'below'}"
             text = (
                 f"At {label(plan.budget)}, the measured time of a step is {measured:.1%} of dense's, {off} the {predicted:.1%} that the "
-                "latency table predicts: "
+                "latency table predicts: something else was running; `diffpruning profile` on an idle machine tells."
             )
-            if e.prepared.job.export.rewrites:
-                text += "only the measured models have their exact rewrites (export.rewrites), or "
-            found.append(Remark("warning", text + "something else was running; `diffpruning profile` on an idle machine tells."))
+            found.append(Remark("warning", text))
     return found
 
 

@@ -22,6 +22,7 @@ from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry
 from orchestrator.store import RunStore, read_json, write_json
+from orchestrator.words import predicts
 from workers import data, families, first_stage, latents, partition, tasks
 from workers.contracts import (
     DenoiserRef,
@@ -320,7 +321,8 @@ def encode_images(plan: encode.EncodePlan, cluster: Callable[[], Any], say: Call
         slots = cluster().slots()
         cluster().scatter(tasks.encode_latents, encode.batches(plan.tasks, slots))
     made = encode.finish(plan)
-    _say_images(say, made["count"], made["skipped"], "encoded")
+    if not plan.finished:
+        _say_images(say, made["count"], made["skipped"], "encoded")
     if made["note"]:
         say(f"  warning: {made['note']}")
     return made
@@ -357,8 +359,12 @@ def _latency(ctx: Context) -> str | None:
         return None
     elastic = job.elastic_settings()
     item = LatencyTask(job.model.path, elastic, job.timing(), str(ctx.store.folder / "cache"))
+    known = set(Path(item.folder).glob("latency-*.json"))
     [path] = ctx.cluster.scatter(tasks.measure_latency, [item])
-    table = cost_table(families.load_config(job.model.path), elastic).with_latency(LatencyTable.load(Path(path)))
+    times = LatencyTable.load(Path(path))
+    if Path(path) not in known:
+        ctx.say(f"  {predicts(times.dense_ms, times.validation.median_error, times.validation.p95_error)}")
+    table = cost_table(families.load_config(job.model.path), elastic).with_latency(times)
     for i, budget in enumerate(job.budgets):
         require_reachable(table, budget.ratio, f"budgets.{i}.ratio", budget.metric)
     return str(path)

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from workers.contracts import Budget, Interval, MixturePlan
 
+DOUBTFUL_ERROR = 0.1
+"""Median prediction error of a latency table beyond which something else was probably running."""
+
 
 def percent(ratio: float) -> str:
     return f"{100 * ratio:.3g}%"
@@ -67,6 +70,14 @@ def gigabytes(count: float) -> str:
 def hours(value: float) -> str:
     """An estimate: ``1,234``, ``2.3``, ``0.06``, ``<0.01``."""
     return "<0.01" if value < 0.01 else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def predicts(dense_ms: float, median_error: float, p95_error: float) -> str:
+    """What was just measured, and how far to trust it."""
+    return (
+        f"measured: a dense step takes {dense_ms:.3g} ms; sub-networks are predicted with a median error of {median_error:.1%} "
+        f"(95th percentile {p95_error:.1%})" + ("; something else was probably running" if median_error > DOUBTFUL_ERROR else "")
+    )
 
 
 def predicted_ms(plan: MixturePlan) -> float | None:

@@ -54,6 +54,7 @@ from workers.files import replacing
 from workers.generate import Surroundings
 from workers.latency_table import LatencyTable, table_path
 from workers.mixture import MixtureDenoiser, any_width
+from workers.regional import RegionCompiler
 from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.training import fit, sandwich
@@ -364,13 +365,16 @@ def summarise(session: Session, item: tuple[tuple[EvaluateTask, ...], str]) -> d
     arrays: dict[str, Any] = dict(samples)
     losses = {label: np.concatenate([shard["losses"] for shard in parts]) for label, parts in shards.items()}
     metrics: dict[str, dict[str, Any]] = {}
+    compiler = RegionCompiler()
     for label, task in {task.denoiser.label: task for task in items}.items():
         metrics[label] = {
             "denoising_loss": float(losses[label].mean()),
             "denoising_loss_by_timestep": [float(v) for v in losses[label].mean(0)],
             "timesteps": list(task.timesteps),
             **evaluate.paired_metrics(samples[label], samples["dense"]),
-            **evaluate.cost_per_step(rewritten(load_reference(task.denoiser, task.model), task.timing.rewrites), task, session.device),
+            **evaluate.cost_per_step(
+                rewritten(load_reference(task.denoiser, task.model), task.timing.rewrites), task, session.device, compiler=compiler
+            ),
         }
     with replacing(Path(out)) as path:
         np.savez(path, **arrays)

@@ -73,6 +73,9 @@ def spoilt(files: tuple[Path, Path], tmp_path: Path, how: str) -> tuple[list[obj
     elif how == "no yaml":
         config = tmp_path / "nowhere.yaml"
         told = f"no such file: {config}"
+    elif how == "out below a device":
+        out = Path("/dev/null/out")
+        told = "--out: /dev/null/out cannot be made"
     elif how == "truncated":
         checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
         told = "cannot be read"
@@ -87,7 +90,10 @@ def spoilt(files: tuple[Path, Path], tmp_path: Path, how: str) -> tuple[list[obj
     return [checkpoint, "--config", config, "--out", out], told
 
 
-@pytest.mark.parametrize("how", ["no checkpoint", "no yaml", "truncated", "another yaml", "not expressible", "full folder"])
+SPOILT = ["no checkpoint", "no yaml", "truncated", "another yaml", "not expressible", "full folder", "out below a device"]
+
+
+@pytest.mark.parametrize("how", SPOILT)
 def test_bad_input_is_one_line_and_nothing_is_written(files, tmp_path, how):
     (tmp_path / "kept.ckpt").write_bytes(files[0].read_bytes())
     arguments, told = spoilt(files, tmp_path, how)

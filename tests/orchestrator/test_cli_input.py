@@ -627,6 +627,7 @@ def test_plan_prints_six_stages_and_writes_nothing(tmp_path):
     assert (done.exit_code, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.split()[:2] for line in lines[-6:]] == [[stage, "new"] for stage in STAGES]
+    assert "needs      up to 0.52 GB of disk; 0.039 GB of memory per trainer, and activations" in lines
     assert tree(tmp_path) == {}
 
 

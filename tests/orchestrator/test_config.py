@@ -343,7 +343,20 @@ def test_extends_goes_through_folders_and_paths_stay_relative_to_the_file_that_n
 
 
 def test_extending_a_file_that_is_not_there_is_refused(write):
-    assert refusal(write({"extends": "gone.yaml"})) == "job.yaml: extends: no such file: gone.yaml"
+    told = refusal(write({"extends": "gone.yaml"}))
+    assert told.startswith("job.yaml: extends: no such file: gone.yaml; bundled jobs: ")
+    assert "quickstart" in told
+
+
+@pytest.mark.parametrize("name", ["lsun_church", "lsun_church.yaml"])
+def test_a_bundled_job_is_extended_by_its_name_from_anywhere(write, name):
+    config = load_job(str(write({"extends": name, "name": "mine"})))
+    assert (config.name, config.data.resize) == ("mine", True)
+
+
+def test_a_relative_path_that_is_not_there_is_told_in_full(tmp_path, write):
+    config = load_job(str(write(JOB | {"model": {"path": "../models/gone"}}, "jobs/job.yaml")))
+    assert config.model.path == str(tmp_path / "models" / "gone")
 
 
 @pytest.mark.parametrize("value", [5, ["a.yaml"], {"a": 1}, "."])

@@ -67,3 +67,13 @@ def test_the_file_tells_others_of_the_units_at_work(tmp_path: Path) -> None:
     told = read_json(tmp_path / "progress.json") or {}
     assert told["stage"] == "analyze"
     assert [unit["unit"] for unit in told["units"]] == ["images 0-10"]
+
+
+def test_a_unit_s_end_is_told_once() -> None:
+    shown, out = view()
+    shown.on_stage("encode", "running", 0.0)
+    for step in (5, 10, 10):
+        shown.update(Progress("encode", "images 0-10", step, 10, images_per_s=20.0))
+    shown.update(Progress("encode", "images 0-10", 0, 10))  # begun anew after a lost worker
+    shown.update(Progress("encode", "images 0-10", 10, 10))
+    assert [line.split()[3] for line in out.getvalue().splitlines()[1:]] == ["5/10", "10/10", "10/10"]

@@ -155,6 +155,7 @@ def test_the_latents_are_encoded_once_whatever_changes_about_the_denoiser(latent
     again = diffpruning("encode", latent.job, "--inline", "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["count"] == 20
+    assert again.stderr.split() == ["encode", "already", "done"]
     more = diffpruning("run", latent.job, "--inline", "--only", "analyze", "--set", "similarity.buckets=128")
     assert more.exit_code == 0, more.output
     assert {path: path.stat().st_mtime_ns for path in latent.cache.iterdir()} == before
@@ -210,6 +211,7 @@ def test_a_latency_budget_measures_its_table_first_and_is_met_by_it(latent):
     timed = ["run", latent.job, "--inline", "--json", "--set", "latency.batch=1", "--set", "name=timed"]
     found = diffpruning(*timed, "--set", "budgets=[{metric: latency, ratio: 0.7}]")
     assert found.exit_code == 0, found.output
+    assert found.stderr.count("sub-networks are predicted with a median error of") == 1
     manifest = json.loads((latent.folder / "registry" / "timed" / "1" / "manifest.json").read_text())
     plan = MixturePlan.from_json(manifest["plan"])
     assert plan.budget.name == "latency-0.70"

@@ -14,6 +14,7 @@ from workers.contracts import REWRITES, DenoiserRef, EvaluateTask, ImageTask, Pa
 from workers.cost import cost_table
 from workers.diffusion import NoiseSchedule
 from workers.mixture import any_width
+from workers.regional import RegionCompiler
 from workers.session import Session
 
 
@@ -89,3 +90,13 @@ def test_cost_per_step_is_that_of_the_very_model(task, emoji):
     assert found["gmacs_per_step"] == pytest.approx(cost_table(families.load_config(emoji), any_width("group")).dense.macs / 1e9)
     lighter = evaluate.cost_per_step(rewrites.apply(families.load_denoiser(emoji), REWRITES), task, "cpu", repeats=1)
     assert lighter["gmacs_per_step"] < found["gmacs_per_step"]
+
+
+def test_with_one_compiler_a_second_denoiser_of_the_same_blocks_compiles_nothing(task, emoji):
+    torch._dynamo.reset()
+    compiler, compiled = RegionCompiler("eager"), dataclasses.replace(task, timing=Timing(2, "float32", True))
+    evaluate.cost_per_step(families.load_denoiser(emoji), compiled, "cpu", repeats=1, compiler=compiler)
+    known = set(compiler.compiled)
+    evaluate.cost_per_step(families.load_denoiser(emoji), compiled, "cpu", repeats=1, compiler=compiler)
+    assert known
+    assert set(compiler.compiled) == known

@@ -118,7 +118,7 @@ def _agent_loss(agent: Agent, problem: RouteProblem, settings: RouteSettings, no
         if problem.shares[k] > 0:
             quality = quality + problem.shares[k] * _expert_loss(problem, k, gates, rows)
         cost = cost + problem.shares[k] * price
-    return quality.clamp_min(1e-8).log() + settings.cost_weight * (cost / problem.ratio).log().abs()
+    return quality.clamp_min(1e-8).log() + settings.cost_weight * (cost / problem.ratio).clamp_min(1e-8).log().abs()
 
 
 def _expert_loss(problem: RouteProblem, k: int, gates: Mapping[str, tuple[Tensor, Tensor]], rows: Sequence[int]) -> Tensor:
