@@ -107,8 +107,8 @@ def _plan_text(found: dict[str, Any]) -> str:
         f"data       {found['data']['path']}: {found['data']['images']} images",
         f"budgets    {budgets}",
         f"           the smallest possible is {model['smallest_ratio']:.3f} of dense MACs" + "; time is measured first" * timed,
-        f"needs      up to {gigabytes(found['disk_bytes'])} of disk; "
-        f"{gigabytes(found['trainer_bytes'])} of memory per trainer, and activations",
+        f"needs      up to {gigabytes(found['disk_bytes'])} of disk ({gigabytes(found['free_bytes'])} are free); "
+        f"about {gigabytes(found['trainer_bytes'])} of memory per trainer",
         "",
         f"{'stage':<12}{'state':<9}{'work':<20}{'per worker':<18}{'estimate':<24}taken",
     ]
@@ -141,7 +141,7 @@ def run(job: str, overrides: tuple[str, ...], only: str | None, redo: tuple[str,
     config = load_job(job, overrides)
     from orchestrator import planning, report
 
-    prepared = planning.prepare(config)
+    prepared = planning.make_ready(config)
     prepared.pipeline.select(only, prepared.pipeline.after(redo))  # refuses before anything is written
     with _driver(prepared, inline) as (view, cluster):
         results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage)
@@ -192,7 +192,7 @@ def encode(job: str, overrides: tuple[str, ...], inline: bool, as_json: bool) ->
     config = load_job(job, overrides)
     from orchestrator import planning, stages
 
-    prepared = planning.prepare(config)
+    prepared = planning.make_ready(config)
     plan = stages.encode_plan(prepared.job, prepared.store, prepared.pipeline.identity)  # refuses before anything is written
     with _driver(prepared, inline) as (view, cluster):
         view.on_stage("encode", "already done" if plan.finished else "running", 0.0)
@@ -270,6 +270,7 @@ def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--scheduler", help="ddpm, ddim, dpmpp, dpmpp-karras, unipc or euler; default: the planned one.")
 @click.option("--class-label", type=click.IntRange(0), help="Class of all images, for a class-conditional model; default: each its own.")
 @click.option("--guidance-scale", default=1.0, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance; 1 is none.")
+@click.option("--eta", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Noise that DDIM adds: 0 none, 1 as much as DDPM.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the first image; the next has the next.")
 @click.option("--count", default=16, show_default=True, type=click.IntRange(1, 4096), help="Images to draw.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="PNG file: a grid of all images.")
@@ -282,6 +283,7 @@ def sample(
     scheduler: str | None,
     class_label: int | None,
     guidance_scale: float,
+    eta: float,
     seed: int,
     count: int,
     out: Path,
@@ -304,7 +306,7 @@ def sample(
 
     seeds = range(seed, seed + count)
     write_sample_grid(
-        str(version.path), scheduler or budget.scheduler, steps or budget.steps, seeds, out, device, class_label, guidance_scale
+        str(version.path), scheduler or budget.scheduler, steps or budget.steps, seeds, out, device, class_label, guidance_scale, eta
     )
     show({"version": version.reference, "out": str(out.resolve())}, as_json, lambda: str(out))
 

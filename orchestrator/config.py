@@ -42,6 +42,7 @@ class RegistryConfig(Section):
 class Model(Section):
     path: str = Field(min_length=1, description="Diffusers pipeline folder or Hub id. In a job file relative to that file.")
     family: str = Field("auto", description="Model family, a file of workers/families; auto: by the class in the model's config.")
+    random_init: bool = Field(False, description="Random weights for a folder that holds configs alone: to plan, time and try out.")
 
 
 class Data(Section):
@@ -156,6 +157,7 @@ class BudgetConfig(Section):
 class Sampler(Section):
     scheduler: str = Field("ddim", description="Sampler whose steps weigh the cost: ddpm, ddim, dpmpp, dpmpp-karras, unipc, euler.")
     steps: Count = Field(50, description="Sampling steps.")
+    eta: float = Field(0.0, ge=0, le=1, description="Noise that DDIM adds to the samples: none at 0, as much as DDPM at 1.")
     guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of class-conditional samples; 1 is none.")
 
 

@@ -13,9 +13,9 @@ from orchestrator.pipeline import Pipeline
 from orchestrator.registry import Registry
 from orchestrator.stages import STAGES
 from orchestrator.store import RunStore
-from workers import conditioning, data, diffusion, families, first_stage, partition, similarity
+from workers import conditioning, data, diffusion, families, first_stage, partition, random_init, similarity
 from workers.contracts import InputError, digest_of
-from workers.cost import CostTable, cost_table, require_reachable
+from workers.cost import CostTable, activation_bytes, cost_table, require_reachable
 
 TFLOPS = {"cpu": 0.07, "cuda": 60.0}
 """Sustained training speed that estimates assume: per CPU core, and per GPU. Orders of magnitude, not promises."""
@@ -36,23 +36,32 @@ class Prepared:
     images: int
     disk_bytes: int
     """That checkpoints and latents take in all."""
+    free_bytes: int
+    """What the storage has left."""
+    to_make: Path | None = None
+    """Where random weights belong that are not there yet."""
 
 
 def prepare(job: JobConfig) -> Prepared:
     """Check everything that can be checked without computing. Raises: InputError; BudgetUnreachable at once for an impossible budget."""
     store = RunStore(job.run_folder)
-    model = families.locate(job.model.path)
+    model = source = families.locate(job.model.path)
+    to_make = None
+    if job.model.random_init:
+        made = random_init.folder_of(model, store.folder.parent, job.seed)
+        to_make, model = (None, made) if made.is_dir() else (made, model)
     config, family = families.load_config(model), families.family_name(model)
     if job.model.family not in ("auto", family):
         raise InputError(f"model.family is {job.model.family}, but {job.model.path} holds a model of family {family}")
     scheduler = families.load_scheduler_config(model)
     schedule = diffusion.NoiseSchedule(scheduler)
-    families.check_files(model)
+    if to_make is None:
+        families.check_files(model)
     _check_partition(job, schedule.num_timesteps)
     diffusion.sampler_timesteps(job.sampler.scheduler, scheduler, job.sampler.steps)
     _check_evaluate(job, schedule.num_timesteps)
     images_at = data.resolve(job.data.path)
-    channels, size = _image_shape(model, config)
+    channels, size = _image_shape(model, config, weights=to_make is None)
     images = data.check(str(images_at), channels, size, job.data.resize)
     _check_images(job, images)
     _check_classes(job, model, images_at)
@@ -62,7 +71,7 @@ def prepare(job: JobConfig) -> Prepared:
             require_reachable(table, budget.ratio, f"budgets.{i}.ratio")
     latent_bytes = 2 * images * 4 * config["in_channels"] * config["sample_size"] ** 2 if first_stage.locate(model) else 0
     disk_bytes = _disk_bytes(job, table, latent_bytes)
-    _check_space(store.folder, disk_bytes)
+    free_bytes = shutil.disk_usage(_nearest_folder(store.folder, "storage.path")).free
     _nearest_folder(Registry(job.registry.path).root, "registry.path")
     job = job.model_copy(
         update={
@@ -74,17 +83,31 @@ def prepare(job: JobConfig) -> Prepared:
     stage = first_stage.locate(model)
     identity = {
         "model": families.model_digest(model),
-        "first_stage": "" if stage is None else first_stage.digest(stage),
+        "model.source": str(source),
+        "first_stage": "" if stage is None or to_make is not None else first_stage.digest(stage),
         "data.path": data.identity(str(images_at)),
         # under what time is measured decides plans only where time is the budget
         "timing": digest_of(job.timing().to_json()) if any(budget.metric == "latency" for budget in job.budgets) else "",
     }
     store.check_owner(owner(job, identity))
     pipeline = Pipeline(STAGES, job.model_dump(mode="json"), identity, store)
-    return Prepared(job, store, pipeline, table, images, disk_bytes)
+    return Prepared(job, store, pipeline, table, images, disk_bytes, free_bytes, to_make)
 
 
-def _image_shape(model: Path, config: Mapping[str, Any]) -> tuple[int, int]:
+def make_ready(job: JobConfig) -> Prepared:
+    """``prepare``, see that the storage is large enough, and write the random weights of a job that asks for them.
+
+    Raises: as ``prepare``, and InputError if the disk cannot hold what the job will still write; before anything is written.
+    """
+    prepared = prepare(job)
+    _check_space(prepared)
+    if prepared.to_make is None:
+        return prepared
+    random_init.make(families.locate(job.model.path), prepared.to_make, job.seed)
+    return prepare(job)
+
+
+def _image_shape(model: Path, config: Mapping[str, Any], weights: bool) -> tuple[int, int]:
     """(channels, size) of the images that the pipeline is trained on: the denoiser's, or what its first stage encodes.
 
     Raises: InputError if the pipeline is a latent one and its first stage is missing or of another model.
@@ -95,7 +118,7 @@ def _image_shape(model: Path, config: Mapping[str, Any]) -> tuple[int, int]:
         if index.is_file() and "LDM" in str(families.read_json(index).get("_class_name")):
             raise InputError(f"model.path: {model} is a latent diffusion pipeline without its first stage: add its vqvae folder")
         return config["in_channels"], config["sample_size"]
-    info = first_stage.check(stage, config["sample_size"], config["in_channels"])
+    info = first_stage.check(stage, config["sample_size"], config["in_channels"]) if weights else first_stage.describe(stage)
     return info.in_channels, config["sample_size"] * info.downscale
 
 
@@ -112,7 +135,7 @@ def owner(job: JobConfig, identity: Mapping[str, str]) -> dict[str, Any]:
     """Whose run folder it is: a model and its images, known by where they lie or by what they are."""
     return {
         "name": job.name,
-        "model.path": [job.model.path, identity["model"]],
+        "model.path": [identity["model.source"], identity["model"]],
         "data.path": [job.data.path, identity["data.path"]],
     }
 
@@ -170,20 +193,26 @@ def _check_images(job: JobConfig, images: int) -> None:
 
 def _disk_bytes(job: JobConfig, table: CostTable, cache_bytes: int) -> int:
     """The most that the checkpoints that the job keeps at one time, and its latents, take."""
-    runs = _experts(job) * (1 + len(job.budgets) * (2 if job.finetune.compare_uniform else 1))
-    return round(2 * BYTES_FREE_PER_PARAMETER * table.dense.params * runs + cache_bytes)
+    small = sum(budget.ratio for budget in job.budgets) * (2 if job.finetune.compare_uniform else 1)
+    return round(2 * BYTES_FREE_PER_PARAMETER * table.dense.params * _experts(job) * (1 + small) + cache_bytes)
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    """Raises: InputError if the disk cannot hold what the job will still write."""
-    there = _nearest_folder(folder, "storage.path")
+def _trainer_bytes(job: JobConfig, table: CostTable) -> int:
+    """Memory that training one elastic expert takes on one worker, about: the training state, and what a forward pass keeps."""
+    settings = job.specialize
+    kept = activation_bytes(families.load_config(job.model.path)) * settings.batch_size / job.resources.workers_per_expert
+    return round(BYTES_TRAINED_PER_PARAMETER * table.dense.params + kept * (0.5 if settings.mixed_precision == "bf16" else 1))
+
+
+def _check_space(prepared: Prepared) -> None:
+    folder = prepared.store.folder
     written = (*folder.glob("train/**/*"), *folder.glob("cache/latents-*/*"))
-    needed -= sum(path.stat().st_size for path in written if path.is_file())  # what a resumed job has written
-    free = shutil.disk_usage(there).free
-    if free < needed:
+    needed = prepared.disk_bytes - sum(path.stat().st_size for path in written if path.is_file())  # what a resumed job has written
+    if prepared.free_bytes < needed:
+        there = _nearest_folder(folder, "storage.path")
         raise InputError(
-            f"storage.path: {there} has {free / 1e9:.1f} GB free, the job's checkpoints and latents may need {needed / 1e9:.1f} GB: "
-            "free some or choose another path"
+            f"storage.path: {there} has {prepared.free_bytes / 1e9:.1f} GB free, the job's checkpoints and latents may need "
+            f"{needed / 1e9:.1f} GB: free some or choose another path"
         )
 
 
@@ -262,6 +291,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "budgets": [budget.model_dump() for budget in job.budgets],
         "device": need.device,
         "disk_bytes": prepared.disk_bytes,
-        "trainer_bytes": round(BYTES_TRAINED_PER_PARAMETER * table.dense.params),
+        "free_bytes": prepared.free_bytes,
+        "trainer_bytes": _trainer_bytes(job, table),
         "stages": stages,
     }

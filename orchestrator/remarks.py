@@ -91,6 +91,9 @@ def _agents(e: Evidence, plan: MixturePlan) -> Remark:
         losses = ", ".join(f"{agent} {trial.loss:.4g}" for agent, trial in best.items())
         return Remark("note", f"{at} {plan.agent} was chosen (search loss: {losses or format(plan.loss, '.4g')}); era was not compared.")
     ahead = {agent: trial for agent, trial in best.items() if not era.loss < trial.loss}
+    same = [agent for agent, trial in ahead.items() if trial.experts == era.experts]
+    if same and all(trial.loss == era.loss for trial in ahead.values()):
+        return Remark("note", f"{at} era kept the plan of {both(same)}: search loss {era.loss:.4g}.")
     if not ahead:
         rest = both(f"{agent} {trial.loss:.4g} ({trial.loss / era.loss - 1:+.1%})" for agent, trial in best.items())
         narrowly = ", narrowly" if min(trial.loss for trial in best.values()) < 1.02 * era.loss else ""

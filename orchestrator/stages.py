@@ -271,7 +271,7 @@ STAGES = (
         "publish",
         publish,
         ("finetune",),
-        ("evaluate", "export", "latency", "sampler.guidance_scale", "name", "registry"),
+        ("evaluate", "export", "latency", "sampler.guidance_scale", "sampler.eta", "name", "registry"),
         ignores=("evaluate.batch_size", "evaluate.shards"),
         holds=lambda result: all((Path(version["path"]) / "manifest.json").exists() for version in result["published"].values()),
     ),
@@ -450,6 +450,7 @@ def _measure(ctx: Context, denoisers: dict[str, DenoiserRef]) -> dict[str, dict[
         out="",
         timing=job.timing(),
         guidance_scale=job.sampler.guidance_scale,
+        eta=job.sampler.eta,
     )
     rows = np.array_split(held_out[: settings.images], settings.shards)
     seeds = np.array_split([derive_seed(job.seed, "sample", i) for i in range(settings.samples)], settings.shards)

@@ -381,6 +381,7 @@ class EvaluateTask(Record):
     out: str
     timing: Timing
     guidance_scale: float = 1.0
+    eta: float = 0.0
 
 
 # --- what is published ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from workers import families
@@ -120,6 +120,22 @@ def _between(site: ElasticSite, known: Mapping[int, int]) -> dict[int, int]:
     slope = (known[high] - known[low]) // max(1, high - low)
     assert known[low] + slope * (high - low) == known[high], f"the cost of {site.name} is not linear in its units"
     return {choice: known[0] if choice == 0 else known[low] + slope * (choice - low) for choice in site.choices}
+
+
+def activation_bytes(config: dict[str, Any]) -> int:
+    """Bytes in float32 that one image's forward pass of the dense denoiser keeps for its backward pass, counted on the meta device."""
+    with torch.device("meta"):
+        model = families.build(config).eval()
+    args, kwargs = families.example_inputs(config, 1, "meta", torch.float32)
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*args, **kwargs).sample.sum()
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own)
 
 
 def require_reachable(table: CostTable, ratio: float, key: str, metric: str = "macs") -> None:

@@ -105,16 +105,24 @@ def draw_timesteps(interval: Interval, num_timesteps: int, count: int, outside_f
 
 @torch.no_grad()
 def sample(
-    predict: Callable[[Tensor, Any], Tensor], sampler: Any, steps: int, seeds: Sequence[int], shape: tuple[int, int, int], device: str
+    predict: Callable[[Tensor, Any], Tensor],
+    sampler: Any,
+    steps: int,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    device: str,
+    eta: float = 0.0,
 ) -> Tensor:
     """Samples [B, C, H, W] in the denoiser's scale, one per seed. Every sample has its own generator, so a batch changes nothing.
 
-    ``predict(x, t)`` answers with the denoiser's output [B, C, H, W].
+    ``predict(x, t)`` answers with the denoiser's output [B, C, H, W]. ``eta``: noise that DDIM adds, as a part of DDPM's.
     """
     gens = [torch.Generator().manual_seed(seed) for seed in seeds]
     sampler.set_timesteps(steps)
     x = torch.stack([torch.randn(shape, generator=gen) for gen in gens]).to(device) * sampler.init_noise_sigma
-    extra = {"generator": gens} if type(sampler).__name__ in ("DDPMScheduler", "DDIMScheduler") else {}
+    extra: dict[str, Any] = {"generator": gens} if type(sampler).__name__ in ("DDPMScheduler", "DDIMScheduler") else {}
+    if type(sampler).__name__ == "DDIMScheduler":
+        extra["eta"] = eta
     for t in sampler.timesteps:
         x = sampler.step(predict(sampler.scale_model_input(x, t), t), t, x, **extra).prev_sample
     return x

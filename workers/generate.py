@@ -45,6 +45,7 @@ class Surroundings:
         batch: int,
         labels: Sequence[int] | None = None,
         guidance_scale: float = 1.0,
+        eta: float = 0.0,
     ) -> tuple[np.ndarray, float]:
         """Images [n, C, H, W], one per seed, and the seconds that sampling took, decoding included.
 
@@ -56,7 +57,7 @@ class Surroundings:
         for i in range(0, len(seeds), batch):
             told = None if chosen is None or classes.argument is None else torch.tensor(chosen[i : i + batch], device=self.device)
             predict = self.conditioner.guide(model, told, guidance_scale)
-            x = sample(predict, make_sampler(scheduler, self.scheduler_config), steps, seeds[i : i + batch], shape, self.device)
+            x = sample(predict, make_sampler(scheduler, self.scheduler_config), steps, seeds[i : i + batch], shape, self.device, eta)
             parts.append(self.decode(x).cpu())
         return torch.cat(parts).numpy(), time.perf_counter() - started
 
@@ -75,6 +76,7 @@ def write_sample_grid(
     device: str,
     label: int | None = None,
     guidance_scale: float = 1.0,
+    eta: float = 0.0,
     batch: int = 64,
 ) -> None:
     """Draw one image per seed from a published version and save them as one PNG, in rows of at most eight.
@@ -88,14 +90,14 @@ def write_sample_grid(
     classes = around.conditioner.classes
     if label is not None and classes.argument is None:
         raise InputError(f"--class-label is {label}, but this model is not told a class: leave it out")
-    if label is not None:
-        classes.check(np.array([label]), "--class-label")
+    if label is not None and not 0 <= label < classes.count:
+        raise InputError(f"--class-label is {label}, but the model has the classes 0 to {classes.count - 1}")
     if guidance_scale != 1 and classes.null is None:
         raise InputError(f"--guidance-scale is {guidance_scale:g}, but this model has no null class to be guided away from: leave it out")
     model = MixtureDenoiser.from_pretrained(version).to(device)
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     labels = None if label is None else [label] * len(seeds)
-    images, _ = around.draw(model, scheduler, steps, list(seeds), shape, batch, labels, guidance_scale)
+    images, _ = around.draw(model, scheduler, steps, list(seeds), shape, batch, labels, guidance_scale, eta)
     side = min(8, len(images))
     blank = np.ones((-len(images) % side, *images.shape[1:]), images.dtype)
     rows = np.concatenate([images, blank]).reshape(-1, side, *images.shape[1:])

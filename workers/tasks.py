@@ -347,7 +347,7 @@ def evaluate_shard(session: Session, item: EvaluateTask) -> str:
         told = around.conditioner(_labels(images, around.conditioner, rows, session.device))
         losses.append(evaluate.denoising_losses(model, schedule, images.clean(rows, session.device), told, seeds, item.timesteps))
     samples, seconds = around.draw(
-        model, item.scheduler, item.steps, item.noise_seeds, images.shape, item.batch_size, guidance_scale=item.guidance_scale
+        model, item.scheduler, item.steps, item.noise_seeds, images.shape, item.batch_size, guidance_scale=item.guidance_scale, eta=item.eta
     )
     session.report(Progress("publish", item.denoiser.label, 1, 1, seconds=time.time() - started))
     with replacing(Path(item.out)) as path:

@@ -308,6 +308,8 @@ FIRST_STALE = {
     "budgets": "route",
     "sampler": "route",
     "sampler.guidance_scale": "publish",
+    "sampler.eta": "publish",
+    "model.random_init": None,
     "latency": "publish",
     "export": "publish",
     "finetune": "finetune",

@@ -95,7 +95,7 @@ def finished_run(
         STAGES, job.model_dump(mode="json"), {"model": "ab" * 32, "data.path": "cd" * 32, "first_stage": "", "timing": ""}, store
     )
     space = SearchSpace(SITES)
-    prepared = Prepared(job, store, pipeline, CostTable(space, DENSE, {}, {}, {}), 1000, 0)
+    prepared = Prepared(job, store, pipeline, CostTable(space, DENSE, {}, {}, {}), 1000, 10**9, 10**12)
 
     partition, grid = Partition.from_boundaries(boundaries, T), tuple(range(50, T, 100))
     similarity = 1 - np.abs(np.subtract.outer(grid, grid)) / T

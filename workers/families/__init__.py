@@ -46,7 +46,7 @@ def locate(path: str) -> Path:
         return folder.resolve()
     if folder.exists():
         raise InputError(f"model.path: {path} is a file; give the folder that holds model_index.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or folder.is_absolute():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or folder.is_absolute() or folder.parent.is_dir():
         raise InputError(f"model.path: no such folder: {path}")
     from huggingface_hub import snapshot_download
 

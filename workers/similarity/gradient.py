@@ -17,6 +17,8 @@ from workers.diffusion import generator
 from workers.similarity import SimilarityProblem
 
 NEEDS_MODEL = True
+AT_ONCE = 1 << 22
+"""Entries of a gradient that are moved to their buckets at a time."""
 
 
 class CountSketch:
@@ -33,16 +35,16 @@ class CountSketch:
         device = self.parameters[0].device
         gen = generator("cpu", seed, "count sketch", buckets)
         self.signs = (torch.randint(2, (self.rows * buckets,), generator=gen, dtype=torch.int8) * 2 - 1).to(device)
-        self.shifts = torch.randint(buckets, (self.rows,), generator=gen).tolist()
+        self.shifts = torch.randint(buckets, (self.rows,), generator=gen).to(device)
 
     def __call__(self) -> Tensor:
         """Sketch [D] of the gradients that the parameters hold."""
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]
         flat = F.pad(torch.cat(gradients), (0, len(self.signs) - sum(g.numel() for g in gradients))) * self.signs
-        sketch = torch.zeros(self.buckets, device=flat.device)
-        for row, shift in zip(flat.view(self.rows, self.buckets), self.shifts, strict=True):
-            sketch[shift:] += row[: self.buckets - shift]
-            sketch[:shift] += row[self.buckets - shift :]
+        sketch, columns = torch.zeros(self.buckets, device=flat.device), torch.arange(self.buckets, device=flat.device)
+        size = max(1, AT_ONCE // self.buckets)
+        for rows, shifts in zip(flat.view(self.rows, self.buckets).split(size), self.shifts.split(size), strict=True):
+            sketch += rows.gather(1, (columns - shifts[:, None]) % self.buckets).sum(0)  # no scattering: atomic sums differ from run to run
         return sketch
 
 
