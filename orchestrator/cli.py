@@ -170,6 +170,7 @@ def _driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any
         def cluster() -> Any:
             if not clusters:
                 clusters.append(_cluster(prepared.job, view, inline, prepared.store.folder / "ray.log"))
+                prepared.job.timing().check(clusters[-1].need.device)  # what auto has become
             return clusters[-1]
 
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli_options import device_here, json_option, set_option, show
-from orchestrator.words import DOUBTFUL_ERROR
+from orchestrator.words import DOUBTFUL_ERROR, as_graphs
 from workers.contracts import InputError, Progress
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ TOP_SITES = 8
 @click.option("--batch", help="Images per forward pass, e.g. 1,8,64: a table each. Default: latency.batch of the job.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: latency.dtype of the job.")
 @click.option("--compile/--no-compile", "compiled", default=None, help="With compiled blocks. Default: latency.compile of the job.")
+@click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Replayed as CUDA graphs. Default: latency.cuda_graphs of the job.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the tables. Default: where the job's runs look for them.")
 @json_option
 def profile(
@@ -33,6 +34,7 @@ def profile(
     batch: str | None,
     dtype: str | None,
     compiled: bool | None,
+    cuda_graphs: bool | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -45,6 +47,11 @@ def profile(
     config = load_job(job, overrides)
     batches = _batches(batch) if batch is not None else [config.latency.batch]
     device = device_here(device, "--device")
+    here = {
+        "resources": config.resources.model_copy(update={"device": device}),
+        "latency": config.latency.model_copy(update={} if cuda_graphs is None else {"cuda_graphs": cuda_graphs}),
+    }
+    config = config.model_copy(update=here)
     from orchestrator import planning
     from workers import families, latency
     from workers.latency_table import table_path
@@ -66,6 +73,7 @@ def profile(
             batch=size,
             compiled=config.latency.compile if compiled is None else compiled,
             rewrites=config.export.rewrites,
+            cuda_graphs=config.latency.cuda_graphs,
             on_progress=_say,
         )
         found.append(_summary(table, table_path(out, table.identity)))
@@ -113,7 +121,7 @@ def _text(found: list[dict[str, Any]]) -> str:
     kind = found[0]["identity"]
     size, how = f"{kind['sample_size']} x {kind['sample_size']}", "compiled blocks" if kind["compiled"] else "not compiled"
     lines = [
-        f"{kind['device']}, {kind['dtype']}, samples of {size}, {how}, torch {kind['torch']}",
+        f"{kind['device']}, {kind['dtype']}, samples of {size}, {how}{as_graphs(kind['cuda_graphs'])}, torch {kind['torch']}",
         "",
         f"{'batch':>5}{'dense ms':>12}{'fastest ms':>12}{'error, median':>15}{'95th pct.':>11}   table",
     ]

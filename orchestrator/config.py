@@ -167,6 +167,7 @@ class Latency(Section):
     batch: Count = Field(16, description="Images per forward pass.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations.")
     compile: bool = Field(False, description="Residual blocks compiled with torch.compile, as diffusers' compile_repeated_blocks does.")
+    cuda_graphs: bool = Field(False, description="Networks replayed as CUDA graphs: what small batches take when no host is in the way.")
 
 
 class Export(Section):
@@ -223,7 +224,8 @@ class JobConfig(Section):
         return ElasticSettings(**self.elastic.model_dump())
 
     def timing(self) -> Timing:
-        return Timing(self.latency.batch, self.latency.dtype, self.latency.compile, tuple(self.export.rewrites))
+        latency = self.latency
+        return Timing(latency.batch, latency.dtype, latency.compile, tuple(self.export.rewrites), latency.cuda_graphs)
 
     @property
     def run_folder(self) -> Path:

@@ -50,6 +50,7 @@ def prepare(job: JobConfig) -> Prepared:
     if job.model.random_init:
         made = random_init.folder_of(model, store.folder.parent, job.seed)
         to_make, model = (None, made) if made.is_dir() else (made, model)
+    job.timing().check(job.resources.device)
     config, family = families.load_config(model), families.family_name(model)
     if job.model.family not in ("auto", family):
         raise InputError(f"model.family is {job.model.family}, but {job.model.path} holds a model of family {family}")

@@ -188,7 +188,7 @@ def build(prepared: Prepared) -> Path:
         remarks=remarks(e),
         warnings=[remark.text for remark in uncertain_cuts(e) if remark.level == "warning"],
         tables=[(columns, key_rows(e, columns)) for columns in (quality_columns(e), cost_columns(e))],
-        timing=timing(latency.batch, latency.dtype, latency.compile),
+        timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs),
         pipeline=_pipeline_class(prepared.job.model.path),
         trials=[(plan, trials_of(e, plan)) for plan in e.chosen],
         overlaps=[figures.overlap(stage, group) for stage, group in trainers(e).items()],

@@ -86,6 +86,11 @@ def predicted_ms(plan: MixturePlan) -> float | None:
     return None if any(cost.latency_ms is None for cost in costs) else plan.cost("latency")
 
 
-def timing(batch: int, dtype: str, compiled: bool) -> str:
+def timing(batch: int, dtype: str, compiled: bool, cuda_graphs: bool = False) -> str:
     """Under what a time holds: ``a batch of 16 in float32, not compiled``."""
-    return f"a batch of {batch} in {dtype}, " + ("with compiled blocks" if compiled else "not compiled")
+    return f"a batch of {batch} in {dtype}, " + ("with compiled blocks" if compiled else "not compiled") + as_graphs(cuda_graphs)
+
+
+def as_graphs(cuda_graphs: bool) -> str:
+    """What follows a circumstance, if it was that too."""
+    return ", as CUDA graphs" if cuda_graphs else ""

@@ -1,7 +1,7 @@
 """Prints how well a latency table predicts whole sub-networks of a latent-diffusion model on this machine.
 
-    PYTHONPATH=. python tests/bench_latency.py [--config ldm4] [--batch 64] [--dtype bfloat16] [--no-compile] [--unit group] \\
-        [--widths 3] [--visits 7] [--time-limit 480] [--out table.json] [--raw observations.json]
+    PYTHONPATH=. python tests/bench_latency.py [--config ldm4] [--batch 64] [--dtype bfloat16] [--no-compile] [--cuda-graphs] \\
+        [--rewrites] [--unit group] [--widths 3] [--visits 7] [--time-limit 480] [--out table.json] [--raw observations.json]
 
 Random weights. --widths limits the widths of a site, spread evenly over the legal ones: fewer are compiled sooner. Figures come last.
 """
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from workers import families, latency
-from workers.contracts import ElasticSettings
+from workers.contracts import REWRITES, ElasticSettings
 from workers.elastic import search_space
+from workers.graphs import Graphs
 from workers.regional import RegionCompiler
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--rewrites", action=argparse.BooleanOptionalAction, default=False, help="give every network all exact rewrites")
     parser.add_argument("--unit", default="group", choices=["group", "channel_per_group"])
     parser.add_argument("--widths", type=int, default=3)
     parser.add_argument("--width-multiple", type=int, default=8)
@@ -106,12 +109,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to save the table")
     parser.add_argument("--raw", type=Path, help="where to save every measured time, as JSON")
     options = parser.parse_args()
+    if options.cuda_graphs and not options.device.startswith("cuda"):
+        parser.error(f"--cuda-graphs: the device is {options.device}")
 
     config = config_of(options.config)
     settings = ElasticSettings(
         width_multiple=options.width_multiple, depth=True, importance="taylor", unit=options.unit, most_widths=options.widths
     )
-    kind = {"device": options.device, "dtype": options.dtype, "batch": options.batch, "compiled": options.compile}
+    rewrites = REWRITES if options.rewrites else ()
+    kind: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "batch": options.batch, "compiled": options.compile}
+    kind |= {"rewrites": rewrites, "cuda_graphs": options.cuda_graphs}
     identity = latency.identity_of(config, settings, **kind)
     model, branches = latency.meta_model(config, settings)
     space = search_space(branches)
@@ -123,7 +130,9 @@ def main() -> None:
         branches,
         families.example_inputs(config, options.batch, options.device, dtype),
         weights=latency.Weights(options.device, dtype, 0),
+        rewrites=rewrites,
         compiler=compiler if options.compile else None,
+        graphs=Graphs() if options.cuda_graphs else None,
         clock=latency.CudaClock() if options.device.startswith("cuda") else latency.CpuClock(),
         visits=options.visits,
         seed=0,

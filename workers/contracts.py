@@ -253,12 +253,21 @@ class ElasticSettings(Record):
 
 @dataclass(frozen=True)
 class Timing(Record):
-    """Under what a denoiser is timed. ``compiled``: with regional compilation; ``rewrites``: those of what is exported."""
+    """Under what a denoiser is timed.
+
+    ``compiled``: with regional compilation; ``rewrites``: those of what is exported; ``cuda_graphs``: replayed as a CUDA graph.
+    """
 
     batch: int
     dtype: str
     compiled: bool
     rewrites: tuple[str, ...] = ()
+    cuda_graphs: bool = False
+
+    def check(self, device: str) -> None:
+        """Raises: InputError if nothing can be timed so on ``device``; auto may still become one on which it can."""
+        if self.cuda_graphs and device == "cpu":
+            raise InputError("latency.cuda_graphs is true, but the device is cpu: set it to false")
 
 
 @dataclass(frozen=True)

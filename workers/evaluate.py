@@ -6,9 +6,10 @@ Noise is fixed per image (one seed each), so that neither batch size nor shardin
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from workers import families
 from workers.contracts import EvaluateTask
 from workers.cost import count
 from workers.diffusion import NoiseSchedule, generator, sampler_timesteps, steps_per_expert
+from workers.graphs import Graphs
 from workers.regional import RegionCompiler
 
 
@@ -62,31 +64,36 @@ def cost_per_step(
     ``ms_per_step``: time of a batch of ``task.timing``, the median of ``repeats`` per expert; ``gmacs_per_step``: of one image;
     ``parameters``: of all experts; on a GPU ``peak_memory_mib``: the most that weights and activations of the batch take. The model comes
     on the CPU, and is moved and converted to the timing's dtype for good. With one ``compiler``, blocks that denoisers share are compiled
-    once.
+    once. Raises: InputError if the timing asks for CUDA graphs elsewhere than on a GPU.
     """
     config, timing = families.load_config(task.model), task.timing
+    timing.check(device)
     timesteps = sampler_timesteps(task.scheduler, families.load_scheduler_config(task.model), task.steps)
     shares = [count / len(timesteps) for count in steps_per_expert(task.partition, timesteps)]
     experts = list(getattr(model, "experts", [model] * len(shares)))
     gmacs = sum(share * count(copy.deepcopy(e).to("meta"), config)[0].macs / 1e9 for share, e in zip(shares, experts, strict=True))
     dtype = getattr(torch, timing.dtype)
     cuda = device.startswith("cuda")
+    graphs = Graphs() if timing.cuda_graphs else None
     if cuda:
         gc.collect()  # a compiled denoiser refers to itself: the last one may still be there
         others = torch.cuda.memory_allocated()
-    (x, _), told = families.example_inputs(config, timing.batch, device, dtype)
+    (x, t), told = families.example_inputs(config, timing.batch, device, dtype)
     nn.Module.to(model, device, dtype)  # diffusers' own warns of modules that it would keep in float32, of which there are none
     if timing.compiled:
         (compiler or RegionCompiler()).compile(model)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     total = 0.0
-    for interval, share in zip(task.partition.intervals, shares, strict=True):
+    for interval, share, expert in zip(task.partition.intervals, shares, experts, strict=True):
+        run: Callable[[], object] = functools.partial(model, x, interval.start, **told)
+        if graphs is not None:  # a number as timestep would be copied from the host, which no graph can hold
+            run = graphs.capture(functools.partial(expert, x, t, **told))
         times = []
         for _ in range(repeats + 2):  # the first two compile and warm up
             _synchronise(device)
             started = time.perf_counter()
-            model(x, interval.start, **told)
+            run()
             _synchronise(device)
             times.append(time.perf_counter() - started)
         total += share * float(np.median(times[2:]))

@@ -8,6 +8,7 @@ plus what its choices take; how well that holds is measured on random whole sub-
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import random
 import statistics
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from workers import families
 from workers.contracts import ArchitectureSpec, ElasticSettings, Progress, SearchSpace, derive_seed, digest_of
 from workers.elastic import Branch, extract, search_space
+from workers.graphs import Graphs
 from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation, find, table_path
 from workers.regional import RegionCompiler
 from workers.rewrites import apply
@@ -54,10 +56,10 @@ class CpuClock:
 
 
 class CudaClock:
-    """Events in the stream: the host runs ahead, as it does in sampling."""
+    """Events in the stream: the host runs ahead, as it does in sampling. One that a CUDA graph captures is taken anew by every replay."""
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=True)
         event.record()
         return event
 
@@ -156,15 +158,45 @@ def _marked(model: nn.Module, branches: Sequence[Branch], clock: Clock) -> Itera
             handle.remove()
 
 
-def _visit(observation: Observation, model: nn.Module, inputs: Any, branches: Sequence[Branch], clock: Clock) -> None:
-    """Three forward passes in a row: one that the device may spend on the change of network, one timed whole, one timed in parts."""
+@dataclass(frozen=True)
+class Passes:
+    """How a network is run: ``whole`` is a forward pass, ``parts`` another one, which gives the moments that ``_marked`` describes."""
+
+    whole: Callable[[], object]
+    parts: Callable[[], dict[str, list[Any]]]
+
+
+def _passes(model: nn.Module, inputs: Any, branches: Sequence[Branch], clock: Clock, graphs: Graphs | None) -> Passes:
+    """A network's passes, warmed up. No hook runs in a replay: one graph holds the network with the moments, another the network alone."""
     args, kwargs = inputs
-    model(*args, **kwargs)
+    run = functools.partial(model, *args, **kwargs)
+    if graphs is not None:
+        with _marked(model, branches, clock) as marks:
+            replay_marked = graphs.capture(run)
+        captured = {site: moments[-2:] for site, moments in marks.items()}  # those before were of the warm-up
+
+        def replayed() -> dict[str, list[Any]]:
+            replay_marked()
+            return captured
+
+        return Passes(graphs.capture(run), replayed)
+
+    def marked() -> dict[str, list[Any]]:
+        with _marked(model, branches, clock) as marks:
+            run()
+        return marks
+
+    run()
+    return Passes(run, marked)
+
+
+def _visit(observation: Observation, passes: Passes, clock: Clock) -> None:
+    """Three forward passes in a row: one that the device may spend on the change of network, one timed whole, one timed in parts."""
+    passes.whole()
     start = clock.mark()
-    model(*args, **kwargs)
+    passes.whole()
     stop = clock.mark()
-    with _marked(model, branches, clock) as marks:
-        model(*args, **kwargs)
+    marks = passes.parts()
     clock.wait()
     observation.total_ms.append(clock.span_ms(start, stop))
     for site, (first, last) in marks.items():
@@ -181,6 +213,7 @@ def observe(
     weights: Weights,
     rewrites: Sequence[str],
     compiler: RegionCompiler | None,
+    graphs: Graphs | None,
     clock: Clock,
     visits: int,
     seed: int,
@@ -189,17 +222,15 @@ def observe(
     """Time sub-networks of ``model`` (on the meta device), each ``visits`` times, in a new order each time, so that a clock that drifts
     or a neighbour that interferes does not meet the same ones. ``on_step(done, all)``."""
     found, networks, steps = [Observation(spec) for spec in specs], [], len(specs) * (1 + visits)
-    args, kwargs = inputs
     for spec in specs:
         small = weights.fill(apply(extract(model, branches, spec), rewrites)).eval()
-        networks.append(small if compiler is None else compiler.compile(small))
-        networks[-1](*args, **kwargs)
+        networks.append(_passes(small if compiler is None else compiler.compile(small), inputs, branches, clock, graphs))
         clock.wait()
         on_step(len(networks), steps)
     for visit in range(visits):
         order = random.Random(derive_seed(seed, "latency", "order", visit)).sample(range(len(specs)), len(specs))
         for step, i in enumerate(order, 1 + len(specs) * (1 + visit)):
-            _visit(found[i], networks[i], inputs, branches, clock)
+            _visit(found[i], networks[i], clock)
             on_step(step, steps)
     return found
 
@@ -211,7 +242,7 @@ def fit(observations: Sequence[Observation]) -> tuple[float, dict[str, dict[str,
     """(rest_ms, ms of every site's choices), such that rest + choices is nearest to the networks' totals, in relative least squares.
 
     A choice takes the median of all its times. One factor common to all sites and the rest are fitted: what a block costs its neighbours
-    (launches, caches) lies outside of the block, and grows with it.
+    (launches, caches) lies outside of the block, and grows with it. Neither is negative: it is 0 then, and the other one fitted alone.
     """
     times: dict[str, dict[int, list[float]]] = {}
     for seen in observations:
@@ -220,7 +251,12 @@ def fit(observations: Sequence[Observation]) -> tuple[float, dict[str, dict[str,
     blocks = {site: {choice: statistics.median(row[choice]) for choice in sorted(row)} for site, row in times.items()}
     totals = np.array([seen.ms for seen in observations])
     sums = np.array([sum(row[seen.spec[site]] for site, row in blocks.items()) for seen in observations])
-    rest, factor = np.linalg.lstsq(np.stack([1 / totals, sums / totals], 1), np.ones(len(totals)), rcond=None)[0]
+    of_rest, of_blocks = 1 / totals, sums / totals
+    rest, factor = np.linalg.lstsq(np.stack([of_rest, of_blocks], 1), np.ones(len(totals)), rcond=None)[0]
+    if rest < 0:
+        rest, factor = 0.0, of_blocks.sum() / (of_blocks @ of_blocks)
+    elif factor < 0:
+        rest, factor = of_rest.sum() / (of_rest @ of_rest), 0.0
     return float(rest), {site: {str(choice): float(factor * ms) for choice, ms in row.items()} for site, row in blocks.items()}
 
 
@@ -240,7 +276,15 @@ def meta_model(config: dict[str, Any], settings: ElasticSettings) -> tuple[nn.Mo
 
 
 def identity_of(
-    config: dict[str, Any], settings: ElasticSettings, *, device: str, dtype: str, batch: int, compiled: bool, rewrites: Sequence[str] = ()
+    config: dict[str, Any],
+    settings: ElasticSettings,
+    *,
+    device: str,
+    dtype: str,
+    batch: int,
+    compiled: bool,
+    rewrites: Sequence[str] = (),
+    cuda_graphs: bool = False,
 ) -> LatencyIdentity:
     """What a table measured here and now would hold for. ``device``: cpu or cuda; ``dtype``: the name of a torch dtype."""
     space = search_space(meta_model(config, settings)[1])
@@ -256,6 +300,7 @@ def identity_of(
         diffusers=diffusers.__version__,
         cuda=torch.version.cuda if device.startswith("cuda") else None,
         rewrites=tuple(sorted(rewrites)),
+        cuda_graphs=cuda_graphs,
     )
 
 
@@ -278,6 +323,7 @@ def measure(
     batch: int,
     compiled: bool = False,
     rewrites: Sequence[str] = (),
+    cuda_graphs: bool = False,
     visits: int = 7,
     validation_networks: int = 30,
     seed: int = 0,
@@ -287,10 +333,11 @@ def measure(
     """Measure the table of every site choice of a denoiser, and its error on ``validation_networks`` random sub-networks.
 
     ``device``: cpu or cuda; ``dtype``: float32, bfloat16 or float16; ``batch``: images of a forward pass; ``compiled``: with regional
-    compilation; ``rewrites``: exact ones that every network gets. Every network is visited ``visits`` times. Nothing else should run on
-    the device meanwhile.
+    compilation; ``rewrites``: exact ones that every network gets; ``cuda_graphs``: replayed as CUDA graphs, on cuda only. Every network is
+    visited ``visits`` times. Nothing else should run on the device meanwhile.
     """
-    identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, compiled=compiled, rewrites=rewrites)
+    kind: dict[str, Any] = {"compiled": compiled, "rewrites": rewrites, "cuda_graphs": cuda_graphs}
+    identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, **kind)
     model, branches = meta_model(config, settings)
     covering = covering_networks(search_space(branches), seed)
     unseen = random_networks(search_space(branches), validation_networks, seed)
@@ -307,6 +354,7 @@ def measure(
         rewrites=rewrites,
         weights=Weights(device, getattr(torch, dtype), derive_seed(seed, "latency", "weights")),
         compiler=RegionCompiler() if compiled else None,
+        graphs=Graphs() if cuda_graphs else None,
         clock=clock or (CudaClock() if device.startswith("cuda") else CpuClock()),
         visits=visits,
         seed=seed,
@@ -325,16 +373,18 @@ def find_or_measure(
     batch: int,
     compiled: bool = False,
     rewrites: Sequence[str] = (),
+    cuda_graphs: bool = False,
     on_progress: Callable[[Progress], None] = lambda event: None,
 ) -> LatencyTable:
     """The table of this denoiser, here and now: from ``folder`` if it was measured before, else measured and put there.
 
     Raises: InputError if the file that should hold it is damaged or another's.
     """
-    identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, compiled=compiled, rewrites=rewrites)
+    kind: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "compiled": compiled}
+    kind |= {"rewrites": rewrites, "cuda_graphs": cuda_graphs}
+    identity = identity_of(config, settings, **kind)
     table = find(folder, identity)
     if table is None:
-        kind: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "compiled": compiled, "rewrites": rewrites}
         table = measure(config, settings, **kind, on_progress=on_progress)
         table.save(table_path(folder, identity))
     return table

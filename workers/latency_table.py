@@ -32,6 +32,8 @@ class LatencyIdentity(Record):
     cuda: str | None
     rewrites: tuple[str, ...] = ()
     """Exact rewrites that all networks had."""
+    cuda_graphs: bool = False
+    """Whether the networks were replayed as CUDA graphs (workers.graphs)."""
 
     @property
     def digest(self) -> str:
@@ -54,7 +56,10 @@ class LatencyValidation(Record):
 
 @dataclass(frozen=True)
 class LatencyTable(Record):
-    """Milliseconds of one forward pass of a batch: ``rest_ms`` for what every sub-network has, and what each site's choice adds."""
+    """Milliseconds of one forward pass of a batch: ``rest_ms`` for what every sub-network has, and what each site's choice adds.
+
+    None is negative: a search would take a site that gives time back.
+    """
 
     identity: LatencyIdentity
     rest_ms: float
@@ -65,8 +70,9 @@ class LatencyTable(Record):
     validation: LatencyValidation
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (self.rest_ms, self.dense_ms, *(ms for row in self.sites.values() for ms in row.values())))):
-            raise InputError("a latency table holds a time that is not a finite number: measure it again")
+        for ms in (self.rest_ms, self.dense_ms, *(ms for row in self.sites.values() for ms in row.values())):
+            if not (math.isfinite(ms) and ms >= 0):
+                raise InputError(f"a latency table holds a time of {ms} ms, which is not a finite number of 0 or more: measure it again")
 
     @property
     def by_choice(self) -> dict[str, dict[int, float]]:

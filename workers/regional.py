@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from workers.branches import ShortcutResnet
+from workers.rewrites import TransposedUpsample
 
-REGIONS = (ResnetBlock2D, ShortcutResnet, Attention, Transformer2DModel, Upsample2D, Downsample2D)
+REGIONS = (ResnetBlock2D, ShortcutResnet, Attention, Transformer2DModel, Upsample2D, TransposedUpsample, Downsample2D)
 
 
 def regions(module: nn.Module) -> Iterator[nn.Module]:

@@ -82,6 +82,7 @@ def encode_latents(session: Session, item: tuple[latents.EncodeTask, ...]) -> No
 def measure_latency(session: Session, item: LatencyTask) -> str:
     """Path of the latency table of this worker's device, measured now unless it is there."""
     config = families.load_config(item.model)
+    item.timing.check(session.device)
     table = latency.find_or_measure(
         Path(item.folder),
         config,
@@ -91,6 +92,7 @@ def measure_latency(session: Session, item: LatencyTask) -> str:
         batch=item.timing.batch,
         compiled=item.timing.compiled,
         rewrites=item.timing.rewrites,
+        cuda_graphs=item.timing.cuda_graphs,
         on_progress=session.report,
     )
     return str(table_path(Path(item.folder), table.identity))

@@ -115,6 +115,12 @@ class Trainer:
 
     def step(self, step: int, batch: Batch, networks: Sequence[ArchitectureSpec | None]) -> Tensor:
         """One optimiser step; returns the mean loss over the sub-networks (0-d, on the device)."""
+        loss = self.accumulate(batch, networks)
+        self.update(step)
+        return loss
+
+    def accumulate(self, batch: Batch, networks: Sequence[ArchitectureSpec | None], parts: int = 1) -> Tensor:
+        """Add the gradient of the mean loss over the sub-networks, which it returns; ``parts``: of how many equal batches this is one."""
         clean, timesteps, noise, told = batch
         noisy, target = self.schedule.noised(clean, noise, timesteps), self.schedule.target(clean, noise, timesteps)
         with torch.no_grad(), self.accelerator.autocast():
@@ -123,9 +129,13 @@ class Trainer:
         for spec in networks:
             with self.accelerator.autocast():
                 predicted = self.model(noisy, timesteps, spec, **told)
-            loss = expert_loss(predicted, self.features.take(), taught, taught_features, target, self.settings) / len(networks)
+            loss = expert_loss(predicted, self.features.take(), taught, taught_features, target, self.settings) / (len(networks) * parts)
             self.accelerator.backward(loss)
             total += loss.detach()
+        return total
+
+    def update(self, step: int) -> None:
+        """Spend the gradient: weights, then their average."""
         self.average_gradients()
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         for group in self.optimizer.param_groups:
@@ -133,7 +143,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update_parameters(self.model)
-        return total
 
     def average_gradients(self) -> None:
         """Mean over this expert's data-parallel workers: one reduction of one flat tensor."""

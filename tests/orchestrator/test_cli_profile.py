@@ -110,6 +110,35 @@ def test_a_file_is_no_folder_for_tables():
     assert "--out: file is a file; give a folder" in refused("--batch", "1", "--device", "cpu", "--out", "file")
 
 
+@pytest.mark.parametrize("asked", [("--cuda-graphs",), ("--set", "latency.cuda_graphs=true")])
+def test_cuda_graphs_of_a_cpu_are_refused_before_anything_is_written(asked):
+    told = refused("--device", "cpu", *asked)
+    assert told == "error: latency.cuda_graphs is true, but the device is cpu: set it to false\n"
+    assert not Path("runs").exists()
+
+
+def test_cuda_graphs_of_the_job_can_be_left_out_of_a_profile():
+    result = run("--device", "cpu", "--batch", "1", "--set", "latency.cuda_graphs=true", "--no-cuda-graphs", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["identity"]["cuda_graphs"] is False
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_job_for_the_cpu_that_asks_for_cuda_graphs_is_refused(command):
+    sets = ("--set", "latency.cuda_graphs=true", "--set", "resources.device=cpu")
+    result = run(*sets, group=main, command=command)
+    assert result.exit_code == 2
+    assert result.stderr == "error: latency.cuda_graphs is true, but the device is cpu: set it to false\n"
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_job_for_any_device_that_asks_for_cuda_graphs_is_refused_where_there_is_no_gpu():
+    result = run("--set", "latency.cuda_graphs=true", "--inline", group=main, command="run")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.endswith("error: latency.cuda_graphs is true, but the device is cpu: set it to false\n")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
     assert "--device is cuda, but this machine has no usable GPU" in refused("--device", "cuda")

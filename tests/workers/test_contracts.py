@@ -42,7 +42,7 @@ EXAMPLES: list[Record] = [
     ELASTIC,
     TRAIN,
     contracts.ExpertTask("finetune", "model", "cache", (0, 1), Interval(0, 300), ELASTIC, TRAIN, 2, 16, 0, True, 0.1, "source", SPEC),
-    contracts.Timing(64, "bfloat16", True),
+    contracts.Timing(64, "bfloat16", True, ("fuse_qkv",), True),
     contracts.LatencyTask("model", ELASTIC, contracts.Timing(64, "bfloat16", True), "cache"),
     ROUTE,
     contracts.RouteTask("model", "cache", (0, 1), PARTITION, ELASTIC, (EXPERT,) * 3, BUDGET, "era", 0, ROUTE, "cpu", 5, ("table.json",)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from workers import data, evaluate, families, rewrites, tasks
-from workers.contracts import REWRITES, DenoiserRef, EvaluateTask, ImageTask, Partition, Timing
+from workers.contracts import REWRITES, DenoiserRef, EvaluateTask, ImageTask, InputError, Partition, Timing
 from workers.cost import cost_table
 from workers.diffusion import NoiseSchedule
 from workers.mixture import any_width
@@ -90,6 +90,34 @@ def test_cost_per_step_is_that_of_the_very_model(task, emoji):
     assert found["gmacs_per_step"] == pytest.approx(cost_table(families.load_config(emoji), any_width("group")).dense.macs / 1e9)
     lighter = evaluate.cost_per_step(rewrites.apply(families.load_denoiser(emoji), REWRITES), task, "cpu", repeats=1)
     assert lighter["gmacs_per_step"] < found["gmacs_per_step"]
+
+
+def test_cuda_graphs_hold_every_expert_once_and_are_replayed_for_every_repeat(task, emoji, monkeypatch):
+    captured, replayed = [], []
+
+    def capture(run):
+        captured.append(run.func)
+        run()
+        return lambda: replayed.append(run.func)
+
+    class FakeGraphs:
+        def __init__(self):
+            self.capture = capture
+
+    monkeypatch.setattr(evaluate, "Graphs", FakeGraphs)
+    monkeypatch.setattr(Timing, "check", lambda self, device: None)
+    model = torch.nn.Module()
+    model.experts = torch.nn.ModuleList(families.load_denoiser(emoji) for _ in range(2))
+    graphed = dataclasses.replace(task, timing=Timing(2, "float32", False, cuda_graphs=True))
+    evaluate.cost_per_step(model, graphed, "cpu", repeats=3)
+    assert captured == list(model.experts)
+    assert replayed == [expert for expert in model.experts for _ in range(5)]
+
+
+def test_cuda_graphs_of_a_cpu_are_refused(task, emoji):
+    graphed = dataclasses.replace(task, timing=Timing(2, "float32", False, cuda_graphs=True))
+    with pytest.raises(InputError, match=r"latency\.cuda_graphs is true, but the device is cpu: set it to false"):
+        evaluate.cost_per_step(families.load_denoiser(emoji), graphed, "cpu")
 
 
 def test_with_one_compiler_a_second_denoiser_of_the_same_blocks_compiles_nothing(task, emoji):

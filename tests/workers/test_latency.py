@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from workers import families, latency
-from workers.contracts import ArchitectureSpec, ElasticSettings, ElasticSite, InputError, Progress, SearchSpace
+from workers import families, latency, rewrites
+from workers.contracts import REWRITES, ArchitectureSpec, ElasticSettings, ElasticSite, InputError, Progress, SearchSpace
 from workers.elastic import extract, search_space
 from workers.latency import Observation, covering_networks, fit, random_networks
 from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation, find, table_path
@@ -97,6 +97,69 @@ def test_compiled_blocks_are_measured_under_their_own_identity(monkeypatch):
     assert {len(row) for row in table.sites.values()} == {2}
 
 
+class FakeGraphs:
+    """Graphs without a GPU: a replay does the work again, without the hooks of the capture."""
+
+    def capture(self, run):
+        for _ in range(3):
+            run()
+
+        def replay():
+            for module in run.func.modules():
+                assert not module._forward_hooks
+                assert not module._forward_pre_hooks
+            run()
+
+        return replay
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_replayed_graphs_give_the_table_that_the_plain_networks_give(name, monkeypatch):
+    monkeypatch.setattr(latency, "Graphs", FakeGraphs)
+    with FlopCounterMode(display=False) as counter:
+        kind = {**HERE, "cuda_graphs": True}
+        table = latency.measure(config_of(name), SETTINGS, **kind, visits=2, validation_networks=2, clock=FlopClock(counter))
+    plain, _ = measured(name)
+    assert table.identity == dataclasses.replace(plain.identity, cuda_graphs=True)
+    assert table.rest_ms == pytest.approx(plain.rest_ms, rel=1e-6)
+    for site, row in table.sites.items():
+        assert row == pytest.approx(plain.sites[site], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_what_marks_a_capture_makes_no_compiled_block_compile_again(name):
+    torch._dynamo.reset()
+    compiled, inputs = [], families.example_inputs(config_of(name), 1, "cpu", torch.float32)
+    compiler = RegionCompiler(lambda graph, _: compiled.append(graph) or graph)
+    model, branches = latency.meta_model(config_of(name), SETTINGS)
+    model = compiler.compile(rewrites.apply(latency.Weights("cpu", torch.float32, 0).fill(model), REWRITES))
+    with torch.no_grad():
+        marked = latency._passes(model, inputs, branches, latency.CpuClock(), FakeGraphs()).parts()
+    assert len(compiled) == len(compiler.compiled) > 0
+    assert all(last >= first for first, last in marked.values())
+
+
+def test_the_moments_of_a_replay_are_those_of_the_capture_and_not_of_its_warm_up():
+    model, branches = latency.meta_model(config_of("unet2d"), SETTINGS)
+    inputs = families.example_inputs(config_of("unet2d"), 1, "meta", torch.float32)
+    clock = latency.CpuClock()
+    clock.mark = itertools.count().__next__
+    marks = latency._passes(model, inputs, branches, clock, FakeGraphs()).parts()
+    assert marks.keys() == {branch.site.name for branch in branches}
+    assert sorted(moment for pair in marks.values() for moment in pair) == list(range(4 * len(branches), 6 * len(branches)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_networks_are_timed_as_cuda_graphs(compiled):
+    thin = dataclasses.replace(SETTINGS, most_widths=2)
+    kind = {"device": "cuda", "dtype": "bfloat16", "batch": 1, "rewrites": REWRITES, "cuda_graphs": True}
+    table = latency.measure(config_of("unet2d"), thin, **kind, compiled=compiled, visits=3, validation_networks=3)
+    plain = latency.measure(config_of("unet2d"), thin, **{**kind, "cuda_graphs": False}, compiled=compiled, visits=3, validation_networks=3)
+    assert 0 < table.dense_ms < plain.dense_ms
+    assert all(ms >= 0 for row in table.sites.values() for ms in row.values())
+
+
 def test_progress_counts_up_to_its_end():
     _, events = measured("unet2d")
     assert [event.step for event in events] == list(range(1, events[-1].steps + 1))
@@ -170,6 +233,25 @@ def test_a_network_with_nothing_to_choose_is_predicted():
     assert rest + sites["a"]["2"] == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize(("factor", "rest"), [(1.3, -0.9), (0.5, -0.2), (-0.2, 8.0)])
+def test_neither_the_rest_nor_a_choice_takes_less_than_no_time(factor, rest):
+    found, table = synthetic(factor, rest)
+    fitted_rest, sites = fit(found)
+    assert (fitted_rest == 0) == (rest < 0)
+    fitted = {sites[name][str(choice)] / ms for name, row in table.items() for choice, ms in row.items()}
+    assert max(fitted) == pytest.approx(min(fitted))
+    assert (max(fitted) == 0) == (factor < 0)
+
+    def squares(rest, factor):
+        parts = [sum(table[name][choice] for name, choice in seen.spec.choices.items()) for seen in found]
+        return sum(((rest + factor * part) / seen.ms - 1) ** 2 for seen, part in zip(found, parts, strict=True))
+
+    best = squares(fitted_rest, max(fitted))
+    for change in (1e-3, -1e-3):
+        assert squares(max(0.0, fitted_rest + change), max(fitted)) >= best
+        assert squares(fitted_rest, max(0.0, max(fitted) + change)) >= best
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 IDENTITY = LatencyIdentity("GPU A", "bfloat16", 64, 32, True, "digest", "2.13", "0.42", "12.8")
@@ -214,6 +296,7 @@ OTHERS = {
     "diffusers": "0.41",
     "cuda": None,
     "rewrites": ("fuse_qkv",),
+    "cuda_graphs": True,
 }
 
 
@@ -254,6 +337,8 @@ def test_find_reads_only_its_own_table(tmp_path):
         ("{}", "missing key"),
         (json.dumps({**TABLE.to_json(), "schema": 99}), "schema 99"),
         (json.dumps({**TABLE.to_json(), "rest_ms": float("nan")}), "not a finite number"),
+        (json.dumps({**TABLE.to_json(), "rest_ms": -0.5}), "a time of -0.5 ms"),
+        (json.dumps({**TABLE.to_json(), "sites": {"a": {"0": -1.0}}}), "a time of -1.0 ms"),
     ],
 )
 def test_a_damaged_table_is_refused_in_one_line(tmp_path, text, told):
@@ -285,6 +370,7 @@ def test_the_identity_knows_the_architecture_and_its_choices_but_not_where_the_m
         identity(dtype="bfloat16"),
         identity(batch=3),
         identity(compiled=True),
+        identity(cuda_graphs=True),
     ]
     assert all(a != b for a, b in itertools.combinations([identity(), *changed], 2))
     assert "threads: 1" in identity().device

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from workers import families, similarity
 from workers.contracts import InputError
 from workers.diffusion import NoiseSchedule
-from workers.similarity import SimilarityProblem
+from workers.similarity import SimilarityProblem, gradient
 from workers.similarity.gradient import CountSketch
 
 TIMESTEPS = [5, 100, 500, 995]
@@ -180,6 +180,17 @@ def test_entries_of_one_row_never_share_a_bucket():
     for row in range(6):
         buckets = {int(sketch_of(sketch, layer, entry).abs().argmax()) for entry in torch.eye(50)[8 * row : 8 * row + 8]}
         assert len(buckets) == 8
+
+
+def test_an_entry_goes_to_the_bucket_of_its_column_moved_by_its_rows_shift(monkeypatch):
+    """Whole numbers, so that the order of a sum does not matter; two rows are moved at a time."""
+    monkeypatch.setattr(gradient, "AT_ONCE", 16)
+    layer = nn.Linear(9, 5)
+    sketch, values = CountSketch(layer, buckets=8, seed=3), torch.arange(50.0)
+    expected = torch.zeros(8)
+    for i, value in enumerate(values):
+        expected[(i % 8 + int(sketch.shifts[i // 8])) % 8] += value * sketch.signs[i]
+    assert torch.equal(sketch_of(sketch, layer, values), expected)
 
 
 def test_a_parameter_without_gradient_counts_as_zero():

@@ -122,6 +122,7 @@ def test_two_workers_train_what_one_trains_with_the_joined_batch(task, tmp_path)
             [sys.executable, "-c", RANK, str(tmp_path / "two"), str(tmp_path / "task.json")],
             env={
                 **os.environ,
+                "OMP_NUM_THREADS": "1",  # two ranks with two threads each would spin on two cores
                 "RANK": str(r),
                 "LOCAL_RANK": str(r),
                 "WORLD_SIZE": "2",
@@ -135,7 +136,7 @@ def test_two_workers_train_what_one_trains_with_the_joined_batch(task, tmp_path)
         for r in range(2)
     ]
     for rank in ranks:
-        _, err = rank.communicate(timeout=120)
+        _, err = rank.communicate(timeout=300)
         assert rank.returncode == 0, err
     a, b = load_file(f"{one.path}/state.safetensors"), load_file(f"{tmp_path}/two/step_0000006/state.safetensors")
     weights = [name for name in a if name.startswith(("model.", "ema."))]
