@@ -155,7 +155,7 @@ def test_the_latents_are_encoded_once_whatever_changes_about_the_denoiser(latent
     again = diffpruning("encode", latent.job, "--inline", "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["count"] == 20
-    assert again.stderr.split() == ["encode", "already", "done"]
+    assert again.stderr.split()[:3] == ["encode", "already", "done"]
     more = diffpruning("run", latent.job, "--inline", "--only", "analyze", "--set", "similarity.buckets=128")
     assert more.exit_code == 0, more.output
     assert {path: path.stat().st_mtime_ns for path in latent.cache.iterdir()} == before

@@ -168,6 +168,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_key_to_change(task, tm
         tasks.train_expert(Session(folder=str(tmp_path)), wild)
 
 
+def test_two_half_batches_add_up_to_the_gradient_of_the_whole(emoji):
+    """The feature loss is relative to the teacher's energy over what it sees at once, so it is left out."""
+    model, teacher = families.family("unet2d").tiny(), families.family("unet2d").tiny()
+    elastic = training.ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
+    accelerator, names = training.Accelerator(cpu=True), families.family("unet2d").features(model)
+    schedule, settings = training.NoiseSchedule(families.load_scheduler_config(emoji)), dataclasses.replace(SETTINGS, feature_weight=0.0)
+    hooks, taught = training.Features(model, names), training.Features(teacher, names)
+    optimizer, ema = torch.optim.AdamW(elastic.parameters()), training.AveragedModel(elastic)
+    trainer = training.Trainer(accelerator, elastic, teacher, optimizer, ema, schedule, hooks, taught, settings)
+    whole = training.Batch(torch.randn(4, 3, 16, 16), torch.tensor([5, 300, 600, 900]), torch.randn(4, 3, 16, 16), {})
+    networks, found = training.sandwich(elastic.space, 1, 7)(0), []
+    for parts in (1, 2):
+        for clean, timesteps, noise in zip(*(tensor.chunk(parts) for tensor in whole[:3]), strict=True):
+            trainer.accumulate(training.Batch(clean, timesteps, noise, {}), networks, parts)
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad for p in elastic.parameters()])
+        optimizer.zero_grad(set_to_none=True)
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, atol=1e-6, rtol=1e-3)
+
+
 def test_learning_rate_is_a_pure_function_that_warms_up_and_ends_near_zero():
     settings = dataclasses.replace(SETTINGS, steps=100, warmup_steps=10)
     rates = [training.learning_rate(step, settings) for step in range(100)]
