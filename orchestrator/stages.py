@@ -256,6 +256,7 @@ STAGES = (
             "seed",
             *(f"similarity.{k}" for k in ("measure", "timesteps", "images", "batch_size", "buckets")),
         ),
+        version=2,
     ),
     Stage("partition", cut, ("analyze",), ("partition", "similarity.bootstrap")),
     Stage(
