@@ -1,9 +1,10 @@
 """Prints how well a latency table predicts whole sub-networks of a latent-diffusion model on this machine.
 
     PYTHONPATH=. python tests/bench_latency.py [--config ldm4] [--batch 64] [--dtype bfloat16] [--no-compile] [--cuda-graphs] \\
-        [--rewrites] [--unit group] [--widths 3] [--visits 7] [--time-limit 480] [--out table.json] [--raw observations.json]
+        [--rewrites] [--ratio 0.5] [--unit group] [--widths 3] [--visits 7] [--time-limit 480] [--out table.json] [--raw observations.json]
 
-Random weights. --widths limits the widths of a site, spread evenly over the legal ones: fewer are compiled sooner. Figures come last.
+Random weights. With --ratio, mixtures of two experts are then planned by the table, from random sensitivities, and measured beside dense.
+--widths limits the widths of a site, spread evenly over the legal ones: fewer are compiled sooner. Figures come last.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,12 @@ from typing import Any
 import torch
 
 from workers import families, latency
-from workers.contracts import REWRITES, ElasticSettings
+from workers.contracts import METRICS, REWRITES, ArchitectureSpec, ElasticSettings
+from workers.cost import CostTable, cost_table
 from workers.elastic import search_space
 from workers.graphs import Graphs
 from workers.regional import RegionCompiler
+from workers.routers import RouteProblem, Specs, greedy
 
 ROOT = Path(__file__).parents[1]
 LDM: dict[str, Any] = {"layers_per_block": 2, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1}
@@ -76,6 +81,21 @@ def config_of(name: str) -> dict[str, Any]:
     return CONFIGS[name]
 
 
+def plan(table: CostTable, ratio: float, metric: str, seed: int) -> Specs:
+    """Two experts, equal shares, that would be best if every choice of every site hurt by a random amount that grows as it shrinks."""
+    rng = random.Random(seed)
+    hurts = []
+    for _ in range(2):
+        weight = {site.name: rng.lognormvariate(0, 1) for site in table.space.sites}
+        rises = {
+            s.name: {c: weight[s.name] * (1 - i / (len(s.choices) - 1)) ** 2 for i, c in enumerate(s.choices)} for s in table.space.sites
+        }
+        hurts.append(rises)
+    nobody: Any = (None, None)
+    problem = RouteProblem(nobody, table, (0.5, 0.5), ratio, (), (), hurts, metric)
+    return greedy.fit_budget(problem, (table.space.dense, table.space.dense))
+
+
 class Progress:
     """A line every ten seconds; ends the bench when the time is up, saying how far it came."""
 
@@ -101,6 +121,7 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--rewrites", action=argparse.BooleanOptionalAction, default=False, help="give every network all exact rewrites")
+    parser.add_argument("--ratio", type=float, help="a budget of which mixtures are planned and measured")
     parser.add_argument("--unit", default="group", choices=["group", "channel_per_group"])
     parser.add_argument("--widths", type=int, default=3)
     parser.add_argument("--width-multiple", type=int, default=8)
@@ -124,20 +145,25 @@ def main() -> None:
     space = search_space(branches)
     covering, unseen = latency.covering_networks(space, 0), latency.random_networks(space, 30, 0)
     compiler, progress, dtype = RegionCompiler(), Progress(options.time_limit), getattr(torch, options.dtype)
-    found = latency.observe(
-        [*covering, *unseen],
-        model,
-        branches,
-        families.example_inputs(config, options.batch, options.device, dtype),
-        weights=latency.Weights(options.device, dtype, 0),
-        rewrites=rewrites,
-        compiler=compiler if options.compile else None,
-        graphs=Graphs() if options.cuda_graphs else None,
-        clock=latency.CudaClock() if options.device.startswith("cuda") else latency.CpuClock(),
-        visits=options.visits,
-        seed=0,
-        on_step=progress,
-    )
+    weights = latency.Weights(options.device, dtype, 0)
+
+    def observe(specs: list[ArchitectureSpec]) -> list[latency.Observation]:
+        return latency.observe(
+            specs,
+            model,
+            branches,
+            families.example_inputs(config, options.batch, options.device, dtype),
+            weights=weights,
+            rewrites=rewrites,
+            compiler=compiler if options.compile else None,
+            graphs=Graphs() if options.cuda_graphs else None,
+            clock=latency.CudaClock() if options.device.startswith("cuda") else latency.CpuClock(),
+            visits=options.visits,
+            seed=0,
+            on_step=progress,
+        )
+
+    found = observe([*covering, *unseen])
     if options.raw:
         options.raw.write_text(json.dumps([dataclasses.asdict(seen) for seen in found]))
     measured, checked = found[: len(covering)], found[len(covering) :]
@@ -159,6 +185,14 @@ def main() -> None:
     print(f"checked networks take {min(ms for _, ms in ratios):.3f} to {max(ms for _, ms in ratios):.3f} ms")
     print(f"spread of a network's visits: median {sorted(spread)[len(spread) // 2]:.2%}, most {max(spread):.2%}")
     print("predicted / measured - 1: " + " ".join(f"{predicted / ms - 1:+.3f}" for predicted, ms in sorted(ratios, key=lambda r: r[1])))
+    if options.ratio:
+        prices = cost_table(config, settings).with_latency(table)
+        plans = [(metric, plan(prices, options.ratio, metric, seed)) for metric in METRICS for seed in range(3)]
+        dense, *rest = observe([space.dense, *(spec for _, specs in plans for spec in specs)])
+        for i, (metric, specs) in enumerate(plans):
+            ms = statistics.mean(seen.ms for seen in rest[2 * i : 2 * i + 2])
+            macs, time_ratio = (statistics.mean(prices.cost(s).of(m) for s in specs) / prices.dense.of(m) for m in METRICS)
+            print(f"mixture of {options.ratio} by {metric}: MACs {macs:.3f}, predicted time {time_ratio:.3f}, measured {ms / dense.ms:.3f}")
     print(f"prediction error: median {error.median_error:.2%}, 95th percentile {error.p95_error:.2%} over {error.networks} networks")
 
 
