@@ -12,7 +12,8 @@ quickstart: $(VENV)/.installed
 	$(BIN)/diffpruning run $(JOB) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ray" --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest -m ray
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
