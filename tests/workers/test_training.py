@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from workers import data, families, tasks, training
 from workers.contracts import ElasticSettings, ExpertTask, ImageTask, Interval, RunFailed, TrainSettings
+from workers.diffusion import NoiseSchedule
+from workers.elastic import ElasticDenoiser
 from workers.session import Session
+from workers.trainer import Batch, Trainer, learning_rate
 
 SETTINGS = TrainSettings(
     steps=6,
@@ -88,7 +92,7 @@ def test_a_finished_run_trains_no_further(task, tmp_path, monkeypatch):
     def no_step(*_: object) -> None:
         raise AssertionError("a finished run took another step")
 
-    monkeypatch.setattr(training.Trainer, "step", no_step)
+    monkeypatch.setattr(Trainer, "step", no_step)
     again = tasks.train_expert(session, task)
     assert (again.step, again.loss, again.path) == (first.step, first.loss, first.path)
 
@@ -171,26 +175,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_key_to_change(task, tm
 def test_two_half_batches_add_up_to_the_gradient_of_the_whole(emoji):
     """The feature loss is relative to the teacher's energy over what it sees at once, so it is left out."""
     model, teacher = families.family("unet2d").tiny(), families.family("unet2d").tiny()
-    elastic = training.ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
-    accelerator, names = training.Accelerator(cpu=True), families.family("unet2d").features(model)
-    schedule, settings = training.NoiseSchedule(families.load_scheduler_config(emoji)), dataclasses.replace(SETTINGS, feature_weight=0.0)
-    hooks, taught = training.Features(model, names), training.Features(teacher, names)
-    optimizer, ema = torch.optim.AdamW(elastic.parameters()), training.AveragedModel(elastic)
-    trainer = training.Trainer(accelerator, elastic, teacher, optimizer, ema, schedule, hooks, taught, settings)
-    whole = training.Batch(torch.randn(4, 3, 16, 16), torch.tensor([5, 300, 600, 900]), torch.randn(4, 3, 16, 16), {})
+    elastic = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
+    accelerator, names = Accelerator(cpu=True), families.family("unet2d").features(model)
+    schedule, settings = NoiseSchedule(families.load_scheduler_config(emoji)), dataclasses.replace(SETTINGS, feature_weight=0.0)
+    trainer = Trainer.of(accelerator, elastic, teacher, names, schedule, settings)
+    whole = Batch(torch.randn(4, 3, 16, 16), torch.tensor([5, 300, 600, 900]), torch.randn(4, 3, 16, 16), {})
     networks, found = training.sandwich(elastic.space, 1, 7)(0), []
     for parts in (1, 2):
         for clean, timesteps, noise in zip(*(tensor.chunk(parts) for tensor in whole[:3]), strict=True):
-            trainer.accumulate(training.Batch(clean, timesteps, noise, {}), networks, parts)
-        found.append([torch.zeros_like(p) if p.grad is None else p.grad for p in elastic.parameters()])
-        optimizer.zero_grad(set_to_none=True)
+            trainer.accumulate(Batch(clean, timesteps, noise, {}), networks, parts)
+        found.append([p.grad.clone() for p in elastic.parameters()])
+        trainer._forget()
     for one, two in zip(*found, strict=True):
         assert torch.allclose(one, two, atol=1e-6, rtol=1e-3)
 
 
 def test_learning_rate_is_a_pure_function_that_warms_up_and_ends_near_zero():
     settings = dataclasses.replace(SETTINGS, steps=100, warmup_steps=10)
-    rates = [training.learning_rate(step, settings) for step in range(100)]
+    rates = [learning_rate(step, settings) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[10] == max(rates) == pytest.approx(1e-3)
     assert rates[-1] < 1e-5
@@ -198,17 +200,27 @@ def test_learning_rate_is_a_pure_function_that_warms_up_and_ends_near_zero():
 
 def test_all_ranks_and_all_reruns_train_the_same_sub_networks():
     model = families.family("unet2d").tiny()
-    elastic = training.ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
+    elastic = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
     first, again = training.sandwich(elastic.space, 2, 7), training.sandwich(elastic.space, 2, 7)
     assert [first(step) for step in (0, 3, 1)] == [again(step) for step in (0, 3, 1)]
     assert first(0) != first(1)
-    assert first(0)[-1] is None
-    assert first(0)[-2] == elastic.space.narrowest
+    assert [first(step)[-1] for step in range(3)] == [elastic.space.narrowest, None, elastic.space.narrowest]
+
+
+def test_a_pool_is_all_that_random_sub_networks_are_drawn_from():
+    model = families.family("unet2d").tiny()
+    space = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor"))).space
+    networks = training.sandwich(space, 2, 7, pool=5)
+    drawn = {spec for step in range(40) for spec in networks(step)[:-1]}
+    assert drawn == set(networks.pool)
+    assert len(networks.pool) == 5
+    assert set(networks.repeated) == drawn | {space.narrowest, None}
+    assert networks(3) == training.sandwich(space, 2, 7, pool=5)(3)
 
 
 def test_random_networks_span_small_and_large_and_are_legal():
     model = families.family("unet2d").tiny()
-    elastic = training.ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
+    elastic = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
     rng = random.Random(0)
     sizes = []
     for _ in range(200):
@@ -217,3 +229,12 @@ def test_random_networks_span_small_and_large_and_are_legal():
         sizes.append(sum(spec.choices.values()) / sum(elastic.space.dense.choices.values()))
     assert min(sizes) < 0.2
     assert max(sizes) > 0.9
+
+
+def test_without_steps_the_expert_is_the_pretrained_net_in_the_order_of_importance(task, tmp_path):
+    none = dataclasses.replace(task, train=dataclasses.replace(SETTINGS, steps=0))
+    done = tasks.train_expert(Session(folder=str(tmp_path)), none)
+    elastic, dense = tasks.load_elastic(done.path, task.model, task), families.load_denoiser(task.model)
+    sample, timestep = torch.randn(2, 3, 32, 32), torch.tensor([7, 500])
+    assert torch.allclose(elastic(sample, timestep), dense(sample, timestep).sample, atol=1e-5)
+    assert done.step == 0
