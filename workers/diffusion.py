@@ -15,7 +15,9 @@ from workers.contracts import InputError, Interval, Partition, derive_seed
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
+    "ddim-unclipped": ("DDIMScheduler", {"clip_sample": False}),
     "dpmpp": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
+    "dpmpp-trailing": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False, "timestep_spacing": "trailing"}),
     "dpmpp-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
     "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
@@ -74,6 +76,19 @@ class NoiseSchedule:
         """log(abar / (1 - abar)) at the given timesteps; zero terminal SNR counts as abar = 2^-24, as in diffusers' samplers."""
         abar = self.scheduler.alphas_cumprod.double().cpu().numpy()[np.asarray(timesteps)].clip(min=2**-24)
         return np.log(abar) - np.log1p(-abar)
+
+    def error_weights(self, data_std: float) -> np.ndarray:
+        """float64 [num_timesteps], mean 1: what a unit of squared error of the model's output at each timestep adds to that of the sample.
+
+        In x / sqrt(abar) a sampler's step from sigma to sigma - d moves the sample by d eps, and what is moved at sigma arrives at the end
+        times std / sqrt(sigma^2 + std^2), as the probability flow of Gaussian data of deviation ``data_std`` contracts. On linear betas all
+        timesteps weigh the same within a factor of five: the plain loss of DDPM is about right, one relative to dense's error is not.
+        """
+        log_snr = self.log_snr(range(self.num_timesteps))
+        sigma, abar = np.exp(-log_snr / 2), 1 / (1 + np.exp(-log_snr))
+        weights = (np.gradient(sigma) * data_std) ** 2 / (sigma**2 + data_std**2)
+        weights *= {"epsilon": 1.0, "v_prediction": abar, "sample": abar / (1 - abar)}[self.prediction_type]
+        return weights / weights.mean()
 
 
 def generator(device: torch.device | str, *parts: int | str | float) -> torch.Generator:

@@ -1,6 +1,7 @@
 """Where are the images of a data set, which come in what order, and which class is each of? Nothing is decoded here.
 
-A data set is a folder of image files or of Parquet files, or one such file. Ranges are half-open.
+A data set is a folder of image files or of Parquet files, one such file, or the files of one folder that match a pattern.
+Ranges are half-open.
 """
 
 from __future__ import annotations
@@ -95,13 +96,14 @@ class Source:
 
 
 def resolve(path: str) -> Path:
-    """The local folder or file that ``path`` names; ``hf://datasets/ORG/NAME[/sub/folder]`` is downloaded to the Hub's cache.
+    """The local folder or file that ``path`` names, or the pattern (``FOLDER/train-*.parquet``) if files match it;
+    ``hf://datasets/ORG/NAME[/sub/folder]`` is downloaded to the Hub's cache.
 
     Raises: InputError if it does not exist or the Hub refuses.
     """
     if not path.startswith("hf://"):
         local = Path(path).expanduser()
-        if not local.exists():
+        if not local.exists() and not _matching(local):
             raise InputError(f"data.path: no such file or folder: {path}")
         return local
     parts = [part for part in path.removeprefix(HUB).split("/") if part]
@@ -126,7 +128,10 @@ def resolve(path: str) -> Path:
 def find(path: str) -> Source:
     """Raises: InputError if there are no images, or images beside Parquet files; as ``resolve`` does."""
     root = resolve(path)
-    names, root = ([root.name], root.parent) if root.is_file() else (sorted(_walk(root)), root)
+    if root.is_dir():
+        names = sorted(_walk(root))
+    else:
+        names, root = [root.name] if root.is_file() else _matching(root), root.parent
     images = tuple(name for name in names if name.lower().endswith(IMAGES))
     parquet = tuple(name for name in names if name.lower().endswith(".parquet"))
     if images and parquet:
@@ -134,6 +139,11 @@ def find(path: str) -> Source:
     if not images and not parquet:
         raise InputError(f"data.path: no images under {path} (looked for {', '.join(IMAGES)} and .parquet)")
     return Source(root, images, parquet)
+
+
+def _matching(pattern: Path) -> list[str]:
+    """Sorted names of the files of one folder whose names match."""
+    return sorted(file.name for file in pattern.parent.glob(pattern.name) if file.is_file())
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -532,3 +532,12 @@ def test_order_of_a_step_does_not_depend_on_history():
     forwards[0][:] = -1
     assert (data.order(10, 4, 0, seed=1) >= 0).all()
     assert not np.array_equal(data.order(10, 4, 0, seed=2), backwards[0])
+
+
+def test_a_pattern_names_some_files_of_a_folder(tmp_path):
+    for name in ("train-a", "train-b", "test"):
+        write_parquet(tmp_path / f"{name}.parquet", [b"no image" if name == "test" else png(noise(0))] * 2)
+    assert data.check(str(tmp_path / "train-*.parquet"), 3, SIZE, resize=False) == 4
+    assert data.identity(str(tmp_path / "train-*.parquet")) != data.identity(str(tmp_path / "train-a.parquet"))
+    with pytest.raises(InputError, match="data.path: no such file or folder: .*valid-"):
+        data.check(str(tmp_path / "valid-*.parquet"), 3, SIZE, resize=False)
