@@ -1,15 +1,21 @@
 """Who gets which sub-network? One file per agent; every agent answers the same `RouteProblem`.
 
 An agent defines ``search(problem, settings, rng) -> tuple[ArchitectureSpec, ...]``: one architecture per expert, within the budget.
-Contract: same seed, same plan; never over budget; never worse than `uniform` on the search loss; an impossible budget raises.
-Legend: K experts, S sites, loss = schedule-weighted mean of the experts' normalised losses on calibration images.
+Contract: same seed, same plan; never over budget; an impossible budget raises; an agent answers with its own plan, however bad (the
+stage compares it with `uniform`'s). `era`, the agent proper, is besides never worse on the search loss than `uniform` or `greedy`.
+An agent may also define ``search_front(problem, ratios, settings, rng)``: a plan for each of several budgets from one search.
+Legend: K experts, S sites, n images, loss = weighted mean of the experts' normalised losses on calibration images. A pass is one
+sub-network run on its expert's search images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +40,13 @@ def agent(name: str) -> ModuleType:
     return extension("routers", name, "router.agents")
 
 
+CHUNK = 256
+"""Images of one forward pass at most."""
+FLOOR = 0.01
+"""The least dense error that losses are relative to, as a part of the target's energy. Where nearly all is noise the dense model errs by
+a thousandth: relative to that, every cut would look like a catastrophe, and that one interval would swallow the whole budget."""
+
+
 @dataclass(frozen=True)
 class CalibrationBatch:
     """Fixed noisy images of one interval, and what the dense model makes of them. Tensors [n, C, H, W], timesteps [n]."""
@@ -44,11 +57,74 @@ class CalibrationBatch:
     taught: Tensor
     told: dict[str, Tensor] = field(default_factory=dict)
     """What else the denoiser is told, first dimension n."""
+    mixed_precision: str = "no"
+    """``bf16``: forward passes run under autocast on a GPU."""
+    scale: Tensor | None = None
+    """What errors are divided by, 0-d or [n]; None: the dense model's denoising error, but no less than FLOOR of the target's energy."""
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            error = F.mse_loss(self.taught, self.target)
+            object.__setattr__(self, "scale", torch.maximum(error, FLOOR * self.target.square().mean()).clamp_min(1e-8))
+
+    def __len__(self) -> int:
+        return len(self.noisy)
+
+    def losses(self, predicted: Tensor) -> Tensor:
+        """Per image [n]: 1 + (distillation error + denoising error - the dense model's denoising error) / ``scale``; 1 for a perfect copy.
+
+        The scale is the interval's, so that losses of different intervals compare and a part of the batch is measured like the whole.
+        """
+        taught, target = _error(predicted.float(), self.taught), _error(predicted.float(), self.target)
+        assert self.scale is not None
+        return 1 + (taught + target - _error(self.taught, self.target)) / self.scale
+
+    @property
+    def dense_error(self) -> Tensor:
+        """The dense model's denoising error in units of ``scale``, 0-d."""
+        assert self.scale is not None
+        return (_error(self.taught, self.target) / self.scale).mean()
+
+    def relative_to(self, error: Tensor) -> CalibrationBatch:
+        """The same batch, whose losses count errors as parts of ``error``."""
+        assert self.scale is not None
+        return replace(self, scale=self.scale * error)
 
     def loss(self, predicted: Tensor) -> Tensor:
-        """(distillation error + denoising error) / the dense model's denoising error: comparable across intervals, 1 for a perfect copy."""
-        dense = F.mse_loss(self.taught, self.target).clamp_min(1e-8)
-        return (F.mse_loss(predicted.float(), self.taught) + F.mse_loss(predicted.float(), self.target)) / dense
+        """Mean of ``losses``, 0-d."""
+        return self.losses(predicted).mean()
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.mixed_precision == "bf16" and self.noisy.is_cuda:
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def run(self, expert: ElasticDenoiser, spec: ArchitectureSpec | None = None) -> Tensor:
+        """Losses [n] of one sub-network."""
+        with self.autocast():
+            return self.losses(predict(functools.partial(expert, spec=spec), self.noisy, self.timesteps, self.told))
+
+    def part(self, rows: Sequence[int]) -> CalibrationBatch:
+        """Some of the images, under the same scale."""
+        index: slice | list[int] = slice(rows.start, rows.stop, rows.step) if isinstance(rows, range) else list(rows)
+        told = {name: value[index] for name, value in self.told.items()}
+        tensors = (self.noisy[index], self.timesteps[index], self.target[index], self.taught[index])
+        scale = self.scale[index] if self.scale is not None and self.scale.dim() else self.scale
+        return CalibrationBatch(*tensors, told, self.mixed_precision, scale)
+
+
+@torch.no_grad()
+def predict(denoiser: Callable[..., Any], noisy: Tensor, timesteps: Tensor, told: Mapping[str, Tensor]) -> Tensor:
+    """What a denoiser makes of noisy images, float32 [n, C, H, W], in chunks of at most CHUNK images."""
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(noisy), CHUNK)]
+    found = [denoiser(noisy[c], timesteps[c], **{name: value[c] for name, value in told.items()}) for c in chunks]
+    return torch.cat([getattr(out, "sample", out).float() for out in found])
+
+
+def _error(a: Tensor, b: Tensor) -> Tensor:
+    """Squared error per image [n]."""
+    return (a - b).square().flatten(1).mean(1)
 
 
 @dataclass
@@ -64,14 +140,28 @@ class RouteProblem:
     sensitivity: Sequence[Sensitivity]
     metric: str = "macs"
     _cache: dict[tuple[int, ArchitectureSpec], float] = field(default_factory=dict)
+    weights: Sequence[float] = ()
+    """How much each expert's loss counts; by default its share of the sampler's steps. An expert without a share never counts."""
+    report: Callable[[int, int, float], None] = lambda done, total, best: None
+    """Iterative agents call it now and then: steps done, steps in all, lowest search loss so far. It may end the search by raising."""
+    passes: int = 0
+    """Sub-networks run on the search images so far."""
+    _scored: dict[tuple[int, ArchitectureSpec], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises: BudgetUnreachable, at once, if no plan can meet the budget."""
         require_reachable(self.table, self.ratio, "budgets.ratio", self.metric)
+        self.weights = [w if share > 0 else 0.0 for w, share in zip(self.weights or self.shares, self.shares, strict=True)]
 
     @property
     def space(self) -> SearchSpace:
         return self.table.space
+
+    @property
+    def cheapest(self) -> ArchitectureSpec:
+        """The sub-network that costs least; measured time may make it another than the smallest."""
+        sites = self.space.sites
+        return ArchitectureSpec({s.name: min(s.choices, key=lambda choice, s=s: self.price(s.name, choice)) for s in sites})  # type: ignore[misc]
 
     def cost_ratio(self, specs: Specs) -> float:
         """Schedule-weighted cost relative to dense."""
@@ -84,55 +174,46 @@ class RouteProblem:
     def within_budget(self, specs: Specs) -> bool:
         return self.cost_ratio(specs) <= self.ratio + 1e-9
 
-    @torch.no_grad()
     def loss(self, specs: Specs) -> float:
         """Search loss of a plan, by sliced execution; remembered per expert and architecture."""
-        total = 0.0
-        for k, spec in enumerate(specs):
-            if (k, spec) not in self._cache:
-                self._cache[k, spec] = float(self._expert_loss(k, spec, self.search_batches[k]))
-            total += self.shares[k] * self._cache[k, spec]
-        return total
+        return self.losses([specs])[0]
 
-    @torch.no_grad()
+    def losses(self, plans: Sequence[Specs]) -> list[float]:
+        """Search losses of several plans; the device is waited for once."""
+        pairs = [(k, spec) for specs in plans for k, spec in enumerate(specs) if self.weights[k] > 0]
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._cache]
+        if new:
+            found = torch.stack([self.search_batches[k].run(self.experts[k], spec).mean() for k, spec in new]).tolist()
+            self._cache.update(zip(new, found, strict=True))
+            self.passes += len(new)
+        return [sum(self.expert_loss(k, spec) for k, spec in enumerate(specs)) for specs in plans]
+
+    def expert_loss(self, k: int, spec: ArchitectureSpec) -> float:
+        """What an architecture of expert k that ``losses`` has run adds to a plan's loss; 0 for an expert that does not count."""
+        return self.weights[k] * self._cache[k, spec] if self.weights[k] > 0 else 0.0
+
     def score(self, specs: Specs) -> float:
         """Loss of a plan on calibration images that no agent has searched on."""
-        return sum(self.shares[k] * float(self._expert_loss(k, spec, self.score_batches[k])) for k, spec in enumerate(specs))
+        return sum(float(losses.mean()) for losses in self._scores(specs))
 
-    def _expert_loss(self, k: int, spec: ArchitectureSpec, batch: CalibrationBatch) -> Tensor:
-        return batch.loss(self.experts[k](batch.noisy, batch.timesteps, spec, **batch.told))
+    def compare(self, specs: Specs, other: Specs) -> tuple[float, float]:
+        """``score(specs) - score(other)`` and its standard error over the images, paired, so that their difficulty cancels."""
+        gaps = [a - b for a, b in zip(self._scores(specs), self._scores(other), strict=True)]
+        variance = sum(float(gap.var() / len(gap)) for gap in gaps if len(gap) > 1)
+        return sum(float(gap.mean()) for gap in gaps), variance**0.5
+
+    def _scores(self, specs: Specs) -> list[Tensor]:
+        """Weighted losses on the score images, [n] per expert that counts."""
+        for k, spec in enumerate(specs):
+            if self.weights[k] > 0 and (k, spec) not in self._scored:
+                self._scored[k, spec] = self.score_batches[k].run(self.experts[k], spec)
+        return [self.weights[k] * self._scored[k, spec] for k, spec in enumerate(specs) if self.weights[k] > 0]
 
     def gated_loss(self, k: int, gates: Mapping[str, tuple[Tensor, Tensor]], rows: Sequence[int]) -> Tensor:
         """Loss of expert k under differentiable gates, on some rows of its search batch; the gradient reaches the gates."""
-        batch, expert = self.search_batches[k], self.experts[k]
-        told = {name: value[rows] for name, value in batch.told.items()}
-        part = CalibrationBatch(batch.noisy[rows], batch.timesteps[rows], batch.target[rows], batch.taught[rows], told)
-        with gated(expert.model, expert.branches, gates):
-            return part.loss(expert.model(part.noisy, part.timesteps, **told).sample)
-
-
-def measure_sensitivity(expert: ElasticDenoiser, batch: CalibrationBatch, points: int = 4) -> dict[str, dict[int, float]]:
-    """Loss rise for every site and choice, the rest dense. At most ``points`` choices a site are measured, those between interpolated."""
-    with torch.no_grad():
-        base = float(batch.loss(expert(batch.noisy, batch.timesteps, **batch.told)))
-        rises: dict[str, dict[int, float]] = {}
-        for site in expert.space.sites:
-            last = len(site.choices) - 1
-            ranks = sorted({round(i * last / points) for i in range(points)} - {last})
-            known = {last: 0.0}
-            for rank in ranks:
-                spec = expert.space.dense.replace(site.name, site.choices[rank])
-                known[rank] = float(batch.loss(expert(batch.noisy, batch.timesteps, spec, **batch.told))) - base
-            rises[site.name] = {choice: _between(known, rank) for rank, choice in enumerate(site.choices)}
-    return rises
-
-
-def _between(known: Mapping[int, float], rank: int) -> float:
-    below, above = max(r for r in known if r <= rank), min(r for r in known if r >= rank)
-    if below == above:
-        return known[below]
-    part = (rank - below) / (above - below)
-    return known[below] * (1 - part) + known[above] * part
+        part, expert = self.search_batches[k].part(rows), self.experts[k]
+        with gated(expert.model, expert.branches, gates), part.autocast():
+            return part.loss(expert.model(part.noisy, part.timesteps, **part.told).sample)
 
 
 def check_plan(problem: RouteProblem, specs: Specs) -> Specs:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 
 from workers.contracts import ArchitectureSpec, RouteSettings
-from workers.routers import RouteProblem, Specs, uniform
+from workers.routers import RouteProblem, Specs
 
 
 def search(problem: RouteProblem, settings: RouteSettings, rng: random.Random) -> Specs:
-    """Greedy's plan, or the uniform one if that has the lower search loss."""
-    plans = [fit_budget(problem, (problem.space.dense,) * len(problem.experts)), uniform.search(problem, settings, rng)]
-    return min(plans, key=problem.loss)
+    """The dense plan, cut until it fits."""
+    return fit_budget(problem, (problem.space.dense,) * len(problem.experts))
 
 
 def fit_budget(problem: RouteProblem, start: Specs) -> Specs:
@@ -47,7 +46,7 @@ def _moves(problem: RouteProblem, specs: list[dict[str, int]], down: bool) -> li
             now, rises = choices[site.name], problem.sensitivity[k][site.name]
             for choice in site.choices:
                 cost = _cost_change(problem, k, site.name, now, choice)
-                loss = problem.shares[k] * (rises[choice] - rises[now])
+                loss = problem.weights[k] * (rises[choice] - rises[now])
                 if (cost < 0) if down else (loss < 0):
                     # measured time may fall as a width grows: what costs nothing and helps comes first
                     moves.append((loss / max(-cost if down else cost, 1e-15), k, site.name, choice))

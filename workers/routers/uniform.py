@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from workers.contracts import ArchitectureSpec, ElasticSite, RouteSettings, SearchSpace
 from workers.routers import RouteProblem, Specs
@@ -22,13 +23,18 @@ def _choice(site: ElasticSite, level: float, dither: float) -> int:
     return widths[min(len(widths) - 1, int(max(0.0, level - 1) * (len(widths) - 1) + dither))]
 
 
-def search(problem: RouteProblem, settings: RouteSettings, rng: random.Random) -> Specs:
-    """The highest level that fits, found by bisection; widths shrink first, branches go only when the narrowest is still too dear."""
+def highest(problem: RouteProblem, plan_at: Callable[[float], Specs]) -> Specs | None:
+    """``plan_at`` the highest level in [0, 2] that fits the budget, by bisection; None if level 0 does not fit."""
+    if problem.within_budget(plan_at(2.0)):
+        return plan_at(2.0)
     low, high = 0.0, 2.0
-    if problem.within_budget((problem.space.dense,) * len(problem.experts)):
-        return (problem.space.dense,) * len(problem.experts)
     for _ in range(40):
         middle = (low + high) / 2
-        fits = problem.within_budget((at_level(problem.space, middle),) * len(problem.experts))
-        low, high = (middle, high) if fits else (low, middle)
-    return (at_level(problem.space, low),) * len(problem.experts)
+        low, high = (middle, high) if problem.within_budget(plan_at(middle)) else (low, middle)
+    return plan_at(low) if problem.within_budget(plan_at(low)) else None
+
+
+def search(problem: RouteProblem, settings: RouteSettings, rng: random.Random) -> Specs:
+    """The highest level that fits; widths shrink first, branches go only when the narrowest is still too dear."""
+    plan = highest(problem, lambda level: (at_level(problem.space, level),) * len(problem.experts))
+    return plan or (problem.cheapest,) * len(problem.experts)
