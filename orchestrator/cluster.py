@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from workers.contracts import ExpertCheckpoint, Progress, RunFailed
+from workers.files import replacing
 from workers.session import Session
+from workers.trials import SearchTrial
 
 Task = Callable[[Session, Any], Any]
 
@@ -46,8 +49,14 @@ class Cluster(Protocol):
         One failing run does not stop the others. Raises: RunFailed at the end, naming those that failed.
         """
 
-    def search(self, task: Task, axes: Mapping[str, Sequence[Any]], items: Mapping[str, Any], storage: Path) -> dict[str, Any]:
-        """One trial per combination of ``axes``; ``items`` is keyed by the combination's values joined with "/"."""
+    def search(
+        self, task: Task, axes: Mapping[str, Sequence[Any]], items: Mapping[str, Any], storage: Path, stop_early: bool = False
+    ) -> dict[str, SearchTrial]:
+        """One trial per combination of ``axes``; ``items`` is keyed by the combination's values joined with "/".
+
+        The same storage is the same search: trials that ended are not run again. ``stop_early``: trials that fall behind others of the same
+        problem, all but the agent and the seed being equal, may be stopped; they are left without a plan.
+        """
 
     def close(self) -> None: ...
 
@@ -82,8 +91,20 @@ class InlineCluster:
         raise_failures(failed, len(jobs), storage)
         return done
 
-    def search(self, task: Task, axes: Mapping[str, Sequence[Any]], items: Mapping[str, Any], storage: Path) -> dict[str, Any]:
-        return {key: task(self._session(), item) for key, item in items.items()}
+    def search(
+        self, task: Task, axes: Mapping[str, Sequence[Any]], items: Mapping[str, Any], storage: Path, stop_early: bool = False
+    ) -> dict[str, SearchTrial]:
+        """One after the other, so that there is nothing to stop early."""
+        found: dict[str, SearchTrial] = {}
+        (storage / "search").mkdir(exist_ok=True)
+        for key, item in items.items():
+            record = storage / "search" / f"{key.replace('/', ' ').replace(':', '-')}.json"
+            if not record.exists():
+                trial = task(self._session(), item)
+                with replacing(record) as path:
+                    path.write_text(json.dumps(trial.to_json()))
+            found[key] = SearchTrial.from_json(json.loads(record.read_text()))
+        return found
 
     def close(self) -> None:
         pass

@@ -29,6 +29,8 @@ class Stage:
     version: int = 1
     holds: Callable[[dict[str, Any]], bool] = lambda result: True
     """Whether what the stage left outside the run folder is still there."""
+    fills: str = ""
+    """A folder of the run that it fills beside its own, whatever the settings."""
 
 
 @dataclass
@@ -92,10 +94,14 @@ class Pipeline:
                 found.append(stage.name)
         return found
 
-    def select(self, only: str | None, redone: Sequence[str] = ()) -> list[Stage]:
-        """All stages, or the named one. Raises: InputError if its predecessors are not done, or are to be ``redone``."""
+    def select(self, only: str | None, redone: Sequence[str] = (), until: str | None = None) -> list[Stage]:
+        """All stages, those up to and with ``until``, or one.
+
+        Raises: InputError if the predecessors of that one are not done, or are to be ``redone``.
+        """
         if only is None:
-            return list(self.stages)
+            names = [stage.name for stage in self.stages]
+            return list(self.stages[: names.index(until) + 1 if until else None])
         states = self.states() | {name: "to be made again" for name in redone}
         stage = next(stage for stage in self.stages if stage.name == only)
         missing = [name for name in stage.needs if states[name] != "done"]
@@ -111,14 +117,16 @@ class Pipeline:
         only: str | None = None,
         redo: Sequence[str] = (),
         on_stage: Callable[[str, str, float], None] = lambda name, state, seconds: None,
+        until: str | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Run what is not done; returns every finished stage's result. ``cluster`` is called when the first stage needs it."""
         redone = self.after(redo)
-        chosen, started_cluster = self.select(only, redone), None
+        chosen, started_cluster = self.select(only, redone, until), None
         if redone:
             started_cluster = cluster()  # before anything moves: a job that does not fit must cost nothing
-        for name in redone:
-            self.store.set_aside(name, self.fingerprints[name])
+        for stage in self.stages:
+            if stage.name in redone:
+                self.store.set_aside(stage.name, self.fingerprints[stage.name], stage.fills)
         results: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
             fingerprint = self.fingerprints[stage.name]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ data: {path: DATA, holdout: 16}
 similarity: {measure: snr, timesteps: 8}
 partition: {experts: 3}
 specialize: {steps: 24, batch_size: 4, random_networks: 0, importance_images: 4, checkpoint_every: 5, ema_decay: 0.9}
-router: {images: 8, era_steps: 2, era_batch: 2}
+router: {images: 8, era_steps: 2, era_batch: 2, trials: 4}
 budgets: [{metric: macs, ratio: 0.6}]
 sampler: {scheduler: ddim, steps: 8}
 finetune: {steps: 4, batch_size: 4, checkpoint_every: 2, compare_uniform: false}
@@ -133,6 +134,37 @@ def test_killing_the_driver_in_specialize_loses_nothing_but_the_last_steps(finis
         assert all((a[name] == b[name]).all() for name in a), f"{one['interval']} differs after the kill"
 
 
+def test_a_killed_sweep_goes_on_without_the_trials_that_ended_and_a_process_reads_the_experts_once(finished, folder):
+    run, _ = finished
+    words = command(folder, "calm", "--json", "--agents", "random_search", "--seeds", "0,1,2", "--set", "router.trials=20")
+    words.insert(words.index("run"), "sweep")
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+
+    def ended() -> int:
+        return sum(path.read_text().count("TERMINATED") for path in run.glob("sweep-*/search/experiment_state-*.json"))
+
+    deadline = time.monotonic() + 200
+    while ended() < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no trial ended within 200 s"
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = ended()
+    assert not list(run.glob("sweep-*/done.json"))
+
+    again = subprocess.run(words, capture_output=True, text=True, timeout=400, env=environment(), check=False)
+    assert again.returncode == 0, again.stderr
+    trials = json.loads(again.stdout)["trials"]
+    assert {(trial["agent"], trial["seed"]) for trial in trials} == {(agent, n) for agent in ("uniform", "random_search") for n in range(3)}
+    begun = {line.split("  ")[1] for line in again.stderr.splitlines() if line.startswith("  sweep macs")}
+    assert len(begun) <= len(trials) - before, "a trial that had ended ran again"
+    assert {trial["loads"] for trial in trials} == {1}, "experts were read more than once by a process"
+    assert len({trial["worker"] for trial in trials}) <= 4, "two processes in each of two Rays"
+
+
 def test_a_job_that_can_never_fit_is_refused_before_anything_runs(folder):
     done = diffpruning(folder, "toobig", "--set", "resources.cpus_per_worker=64")
     assert done.returncode == 2
@@ -144,6 +176,7 @@ def test_a_job_that_can_never_fit_is_refused_before_anything_runs(folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_with_130_and_a_line_and_no_process(folder, number):
     storage = f"interrupted-{number}"
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it, and so would its children
     process = subprocess.Popen(
         command(folder, storage),
         stdout=subprocess.DEVNULL,
@@ -151,6 +184,7 @@ def test_an_interrupt_ends_with_130_and_a_line_and_no_process(folder, number):
         text=True,
         env=environment(),
         start_new_session=True,
+        preexec_fn=heard,
     )
     run = folder / storage / "small"
     deadline = time.monotonic() + 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.contracts import Progress
+from workers.trials import SearchTrial
 
 PROGRESS_ACTOR = "diffpruning-progress"
 
@@ -30,6 +32,9 @@ class Session:
         """Send one line of progress; never waits for anybody."""
         if self.rank == 0:
             self.on_progress(event)
+
+    def report_search(self, trial: SearchTrial) -> None:
+        """Tell how a plan search goes; whoever compares trials may end this one here."""
 
     def checkpoint_path(self, step: int) -> str:
         return f"{self.folder}/step_{step:07d}"
@@ -60,10 +65,26 @@ class Session:
 
 
 class RayTaskSession(Session):
-    """Inside a Ray task or a Tune trial: progress goes straight to the driver's progress actor."""
+    """Inside a Ray task: progress goes straight to the driver's progress actor."""
 
     def __init__(self, device: str, folder: str = "", rank: int = 0, world_size: int = 1):
         super().__init__(folder=folder, device=device, rank=rank, world_size=world_size, on_progress=_to_actor())
+
+
+class RayTrialSession(RayTaskSession):
+    """Inside a Tune trial: every report goes to its scheduler, which may end the trial in it."""
+
+    def __init__(self, device: str, trial: str):
+        super().__init__(device)
+        self.trial = trial
+
+    def report_search(self, trial: SearchTrial) -> None:
+        from ray import tune
+
+        # the scheduler ends a trial at 100, which is to be the report that holds the plan
+        percent = 100 if trial.plan else min(99, int(100 * trial.progress))
+        outcome = json.dumps(trial.to_json())
+        tune.report({"trial": self.trial, "percent": percent, "relative_loss": trial.relative_loss, "outcome": outcome})
 
 
 class RayTrainSession(RayTaskSession):
@@ -136,7 +157,7 @@ def run_train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_task(task: Callable[[Session, Any], Any], device: str, item: Any) -> Any:
-    """The body of every Ray task and Tune trial."""
+    """The body of every Ray task."""
     _threads()
     return task(RayTaskSession(device), item)
 
@@ -151,14 +172,11 @@ def _threads() -> None:
 def run_trial(
     config: dict[str, Any], task: Callable[[Session, Any], Any], items: dict[str, Any], device: str, axes: tuple[str, ...]
 ) -> None:
-    """The trainable of the router search: one trial is one combination of the axes (budget, agent, seed)."""
-    import json
-
-    from ray import tune
-
+    """The trainable of the plan search: one trial is one combination of the axes (budget, agent, seed)."""
+    _threads()
     key = "/".join(str(config[axis]) for axis in axes)
-    plan = run_task(task, device, items[key])
-    tune.report({"trial": key, "loss": plan.loss, "cost_ratio": plan.cost_ratio, "plan": json.dumps(plan.to_json())})
+    session = RayTrialSession(device, key)
+    session.report_search(task(session, items[key]))
 
 
 def local_device() -> str:

@@ -215,6 +215,13 @@ def test_only_is_refused_when_a_stage_before_it_is_missing(toys, before, only, t
     assert tree(toys.folder) == files
 
 
+def test_until_runs_the_stages_up_to_one_and_leaves_the_rest(toys):
+    assert set(toys.run(until="grow")) == {"start", "grow"}
+    assert toys.ran == ["start", "grow"]
+    toys.run()
+    assert toys.ran == ["tell"]
+
+
 def test_only_is_refused_when_a_stage_before_it_is_stale(toys):
     toys.run()
     with pytest.raises(InputError, match=r"stage start is not done \(stale\)"):

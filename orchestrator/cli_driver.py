@@ -1,0 +1,66 @@
+"""What every command that computes shares: the run folder is claimed and locked, progress is shown, the cluster starts on its first use."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cli_options import device_here
+
+
+@contextlib.contextmanager
+def driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """Within the context the run folder is ours, and gives the progress view and what starts the cluster on its first use."""
+    from rich.console import Console
+
+    from orchestrator import planning
+    from orchestrator.progress import ProgressView
+
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    prepared.store.claim(planning.owner(prepared.job, prepared.pipeline.identity))
+    clusters: list[Any] = []
+    view = ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json", prepared.pipeline.fingerprints)
+    with prepared.store.lock(), view:
+
+        def cluster() -> Any:
+            if not clusters:
+                clusters.append(_cluster(prepared.job, view, inline, prepared.store.folder / "ray.log"))
+                prepared.job.timing().check(clusters[-1].need.device)  # what auto has become
+            return clusters[-1]
+
+        try:
+            yield view, cluster
+        finally:
+            for used in clusters:
+                with contextlib.suppress(Exception):
+                    used.close()
+
+
+def _as_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
+    need = job.resources
+    if inline:
+        from orchestrator.cluster import InlineCluster, Need
+
+        device = device_here(need.device, "resources.device")
+        return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), view.update)
+    from orchestrator.ray_cluster import RayCluster
+
+    return RayCluster(
+        device=need.device,
+        cpus=need.cpus_per_worker,
+        gpus=need.gpus_per_worker,
+        workers_per_expert=need.workers_per_expert,
+        local_cpus=need.local_cpus,
+        timeout_s=need.timeout_s,
+        max_failures=need.max_failures,
+        on_progress=view.update,
+        log=log,
+    )
