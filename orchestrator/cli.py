@@ -6,22 +6,23 @@ Imports of torch, ray and diffusers stay inside the commands, so that --help is 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from orchestrator import __version__
+from orchestrator.cli_compare import analyze, compare
 from orchestrator.cli_convert import convert_ldm
+from orchestrator.cli_driver import driver
+from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_options import device_here, json_option, set_option, show
 from orchestrator.cli_profile import profile
+from orchestrator.cli_sweep import sweep
 from orchestrator.words import gigabytes, gmacs, hours
 from workers.contracts import METRICS, InputError, RunFailed, VerificationError
 
@@ -79,6 +80,10 @@ def main() -> None:
 
 main.add_command(convert_ldm)
 main.add_command(profile)
+main.add_command(evaluate)
+main.add_command(sweep)
+main.add_command(analyze)
+main.add_command(compare)
 
 
 @main.command()
@@ -129,56 +134,34 @@ def _plan_text(found: dict[str, Any]) -> str:
 @click.argument("job")
 @set_option
 @click.option("--only", type=click.Choice(STAGE_NAMES), help="Run one stage; those before it must be done.")
+@click.option("--until", type=click.Choice(STAGE_NAMES), help="Run the stages up to this one, and this one.")
 @click.option(
     "--redo", type=click.Choice(STAGE_NAMES), multiple=True, help="Make a stage and all after it again; what was made is set aside."
 )
 @click.option("--inline", is_flag=True, help="Run everything in this process, one after the other, without Ray.")
 @json_option
-def run(job: str, overrides: tuple[str, ...], only: str | None, redo: tuple[str, ...], inline: bool, as_json: bool) -> None:
+def run(
+    job: str, overrides: tuple[str, ...], only: str | None, until: str | None, redo: tuple[str, ...], inline: bool, as_json: bool
+) -> None:
     """Run a job from similarity to registry. The same command again skips what is done and continues the rest."""
     from orchestrator.config import load_job
+
+    if only and until:
+        raise InputError(f"--only {only} and --until {until} exclude each other: give one")
 
     config = load_job(job, overrides)
     from orchestrator import planning, report
 
     prepared = planning.make_ready(config)
-    prepared.pipeline.select(only, prepared.pipeline.after(redo))  # refuses before anything is written
-    with _driver(prepared, inline) as (view, cluster):
-        results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage)
+    prepared.pipeline.select(only, prepared.pipeline.after(redo), until)  # refuses before anything is written
+    with driver(prepared, inline) as (view, cluster):
+        results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage, until)
         page = prepared.store.folder / "report.html"
         if "publish" in results and not report.is_current(prepared):
             page = report.build(prepared)
     published = results.get("publish", {}).get("published", {})
     found = {"run_folder": str(prepared.store.folder), "report": str(page) if page.exists() else None, "published": published}
     show(found, as_json, lambda: _run_text(found))
-
-
-@contextlib.contextmanager
-def _driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """Within the context the run folder is ours, and gives the progress view and what starts the cluster on its first use."""
-    from rich.console import Console
-
-    from orchestrator import planning
-    from orchestrator.progress import ProgressView
-
-    signal.signal(signal.SIGTERM, _as_interrupt)
-    prepared.store.claim(planning.owner(prepared.job, prepared.pipeline.identity))
-    clusters: list[Any] = []
-    view = ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json", prepared.pipeline.fingerprints)
-    with prepared.store.lock(), view:
-
-        def cluster() -> Any:
-            if not clusters:
-                clusters.append(_cluster(prepared.job, view, inline, prepared.store.folder / "ray.log"))
-                prepared.job.timing().check(clusters[-1].need.device)  # what auto has become
-            return clusters[-1]
-
-        try:
-            yield view, cluster
-        finally:
-            for used in clusters:
-                with contextlib.suppress(Exception):
-                    used.close()
 
 
 @main.command()
@@ -195,7 +178,7 @@ def encode(job: str, overrides: tuple[str, ...], inline: bool, as_json: bool) ->
 
     prepared = planning.make_ready(config)
     plan = stages.encode_plan(prepared.job, prepared.store, prepared.pipeline.identity)  # refuses before anything is written
-    with _driver(prepared, inline) as (view, cluster):
+    with driver(prepared, inline) as (view, cluster):
         view.on_stage("encode", "already done" if plan.finished else "running", 0.0)
         started = time.monotonic()
         made = stages.encode_images(plan, cluster, view.say)
@@ -204,37 +187,11 @@ def encode(job: str, overrides: tuple[str, ...], inline: bool, as_json: bool) ->
     show(made, as_json, lambda: f"{made['count']} images as latents in {made['path']}")
 
 
-def _as_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _run_text(found: dict[str, Any]) -> str:
     lines = [f"{p['reference']:<16}{name:<14}{p['path']}" for name, p in found["published"].items()]
     if found["report"]:
         lines.append(f"{'report':<30}{found['report']}")
     return "\n".join(lines) or f"run folder {found['run_folder']}"
-
-
-def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
-    need = job.resources
-    if inline:
-        from orchestrator.cluster import InlineCluster, Need
-
-        device = device_here(need.device, "resources.device")
-        return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), view.update)
-    from orchestrator.ray_cluster import RayCluster
-
-    return RayCluster(
-        device=need.device,
-        cpus=need.cpus_per_worker,
-        gpus=need.gpus_per_worker,
-        workers_per_expert=need.workers_per_expert,
-        local_cpus=need.local_cpus,
-        timeout_s=need.timeout_s,
-        max_failures=need.max_failures,
-        on_progress=view.update,
-        log=log,
-    )
 
 
 @main.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,3 +29,17 @@ def device_here(wanted: str, key: str) -> str:
     if wanted == "cuda" != here:
         raise InputError(f"{key} is cuda, but this machine has no usable GPU: set it to cpu")
     return here if wanted == "auto" else wanted
+
+
+def run_folder(job: str, overrides: Sequence[str]) -> Path:
+    """The folder of a run. ``job``: a job file or the folder itself. Raises: InputError if there is no run."""
+    from orchestrator.config import load_job
+
+    folder = Path(job).expanduser()
+    if folder.is_dir() and not (folder / "run.json").is_file():
+        raise InputError(f"{folder} is a folder, but no run folder (it has no run.json): give a job file or a run folder")
+    if not folder.is_dir():
+        folder = load_job(job, overrides).run_folder
+    if not (folder / "run.json").is_file():
+        raise InputError(f"no run in {folder}: start it with `diffpruning run`")
+    return folder.resolve()

@@ -13,7 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from workers.contracts import REWRITES, Budget, ElasticSettings, InputError, RouteSettings, Timing, TrainSettings
 
 BUNDLED = Path(__file__).resolve().parent.parent / "jobs"
-PATH_KEYS = (("model", "path"), ("data", "path"))
+PATH_KEYS = (
+    ("model", "path"),
+    ("data", "path"),
+    ("evaluate", "extractor_weights"),
+    ("evaluate", "reference"),
+    ("evaluate", "lpips"),
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -76,6 +82,9 @@ class PartitionConfig(Section):
     experts: Literal["auto"] | Count | list[Count] = Field(
         "auto", description="auto, a number of experts, or the inner boundaries as a list of timesteps."
     )
+    method: Literal["learned", "uniform in t", "uniform in log-SNR"] = Field(
+        "learned", description="Cut where similarity says, or as a baseline does: into equal parts of the timesteps, or of the log-SNR."
+    )
     penalty: float = Field(0.05, ge=0, description="auto: what one more expert must save, as a part of the cost of a single interval.")
     max_experts: int = Field(6, ge=2, description="auto: the most experts to choose.")
     min_timesteps: Count = Field(40, description="Shortest interval in training timesteps; 40 gives two steps of a 50-step sampler.")
@@ -101,7 +110,10 @@ class Training(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the weight average that is kept; warms up with the step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
-    mixed_precision: Literal["no", "bf16"] = Field("no", description="Autocast of the training step.")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="Arithmetic of the training step; weights are kept in float32.")
+    cuda_graphs: bool = Field(
+        True, description="On GPUs, replay what is the same in every step: small networks train faster, memory grows."
+    )
     checkpoint_every: Count = Field(500, description="Steps between checkpoints; a crash costs at most about that many.")
     outside_fraction: Fraction = Field(0.2, description="Part of the timesteps drawn from just outside the interval.")
     output_weight: float = Field(1.0, ge=0, description="Weight of output distillation from the dense model.")
@@ -119,9 +131,10 @@ class Training(Section):
 
 
 class Specialize(Training):
-    steps: int = Field(2000, ge=1, description="Optimiser steps per elastic expert.")
+    steps: int = Field(2000, ge=0, description="Optimiser steps per elastic expert; 0: sub-networks are cut from the pretrained weights.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
-    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside the largest and the narrowest.")
+    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside the largest or narrowest, which take turns.")
+    network_pool: int = Field(0, ge=0, description="Draw them from so many, which GPUs replay as CUDA graphs; 0: new ones in every step.")
     importance_images: Count = Field(64, description="Images behind the channel importance.")
 
 
@@ -137,6 +150,7 @@ class Router(Section):
     )
     seeds: list[int] = Field([0], min_length=1, description="Seeds each agent searches with.")
     images: int = Field(64, ge=4, description="Calibration images; half are searched on, half score the plans.")
+    trials: Count = Field(100, description="Plans that random_search and evolution try; era refines its plan with as many forward passes.")
     era_steps: Count = Field(200, description="Training steps of the routing agent.")
     era_batch: Count = Field(16, description="Calibration images per agent step and expert.")
     era_learning_rate: float = Field(2e-3, gt=0, description="Learning rate of the routing agent.")
@@ -155,7 +169,10 @@ class BudgetConfig(Section):
 
 
 class Sampler(Section):
-    scheduler: str = Field("ddim", description="Sampler whose steps weigh the cost: ddpm, ddim, dpmpp, dpmpp-karras, unipc, euler.")
+    scheduler: str = Field(
+        "ddim",
+        description="Sampler whose steps weigh the cost: ddpm, ddim, ddim-unclipped, dpmpp, dpmpp-trailing, dpmpp-karras, unipc, euler.",
+    )
     steps: Count = Field(50, description="Sampling steps.")
     eta: float = Field(0.0, ge=0, le=1, description="Noise that DDIM adds to the samples: none at 0, as much as DDPM at 1.")
     guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of class-conditional samples; 1 is none.")
@@ -177,11 +194,34 @@ class Export(Section):
 
 
 class Evaluate(Section):
+    """What the table of results holds. Every row is measured once; distances and paired errors come with the id of their protocol."""
+
     images: Count = Field(64, description="Held-out images for the denoising loss.")
     samples: int = Field(64, ge=1, description="Samples drawn from fixed noise, for the paired error against dense.")
     timesteps: Count = Field(10, description="Timesteps of the denoising loss, evenly spaced.")
     batch_size: Count = Field(16, description="Images per forward pass; changes numbers by rounding only.")
     shards: Count = Field(1, description="Workers that share the evaluation of one model; changes numbers by rounding only.")
+    dense: list[str] = Field(
+        [], description="More rows of the dense model: SCHEDULER:STEPS, e.g. ddim:25 or dpmpp:10; what fewer steps give for the same cost."
+    )
+    frechet_samples: int = Field(0, ge=0, description="Generated images behind the Frechet and kernel distances; 0 leaves them out.")
+    extractor: str | None = Field(
+        None, min_length=1, description="Whose features are compared: a file of workers/extractors, or package.module:function."
+    )
+    extractor_weights: str | None = Field(None, min_length=1, description="The extractor's weights file. In a job file relative to it.")
+    reference: str | None = Field(
+        None,
+        min_length=1,
+        description="Distances are measured from these: images as data.path names them, or statistics, FILE.npz or FILE.npz:PREFIX. "
+        "Default: all images of data.path.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations while sampling.")
+    compile: bool = Field(False, description="Sampling runs with compiled blocks.")
+    lpips: str | None = Field(
+        None,
+        min_length=1,
+        description="Perceptual distance to dense: a TorchScript file, or package.module:function, of two batches of images in [-1, 1].",
+    )
 
 
 class ResourcesConfig(Section):
@@ -292,7 +332,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         here = values.get(section)
         if not isinstance(here, dict) or not isinstance(here.get(key), str):
             continue
-        if here[key].startswith(("./", "../")) or (path.parent / here[key]).exists():  # else perhaps a name on the Hub
+        if here[key].startswith(("./", "../")) or (path.parent / _file(here[key])).exists():  # else perhaps a name on the Hub
             here[key] = str((path.parent / here[key]).resolve())
     base = values.pop("extends", None)
     if base is None:
@@ -303,6 +343,11 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if beside is None:
         raise InputError(f"{path.name}: extends: no such file: {base}; bundled jobs: {_bundled_names()}")
     return _merge(_read_layers(beside.resolve(), (*seen, path)), values)
+
+
+def _file(value: str) -> str:
+    """Without the prefix that may follow a file of statistics."""
+    return value.partition(".npz:")[0] + ".npz" if ".npz:" in value else value
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -335,7 +380,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if isinstance(here, list) and last.isdecimal() and int(last) < len(here):
         here[int(last)] = value
     elif isinstance(here, dict):
-        if (key.strip() in ("model.path", "data.path")) and isinstance(value, str) and Path(value).expanduser().exists():
+        paths = {f"{section}.{name}" for section, name in PATH_KEYS}
+        if key.strip() in paths and isinstance(value, str) and Path(_file(value)).expanduser().exists():
             value = str(Path(value).expanduser().resolve())
         here[last] = value
     else:
@@ -389,10 +435,21 @@ def _check_names(config: JobConfig) -> None:
     ):
         if value not in names_in(folder) and (key, value) != ("model.family", "auto"):
             raise InputError(f"{key} {value!r} is unknown: known are {', '.join(names_in(folder))}")
+    extractor = config.evaluate.extractor
+    if extractor is not None and ":" not in extractor and extractor not in names_in("extractors"):
+        known = ", ".join(names_in("extractors"))
+        raise InputError(f"evaluate.extractor {extractor!r} is unknown: known are {known} and package.module:function")
+    if config.partition.method != "learned" and isinstance(config.partition.experts, list):
+        raise InputError(f"partition.method is {config.partition.method!r}: partition.experts must be auto or a number, not boundaries")
     for rewrite in config.export.rewrites:
         if rewrite not in REWRITES:
             raise InputError(f"export.rewrites {rewrite!r} is unknown: known are {', '.join(REWRITES)}")
-    for name, values in (("router.agents", config.router.agents), ("router.seeds", config.router.seeds)):
+    lists: dict[str, Sequence[object]] = {
+        "router.agents": config.router.agents,
+        "router.seeds": config.router.seeds,
+        "evaluate.dense": config.evaluate.dense,
+    }
+    for name, values in lists.items():
         if len(set(values)) != len(values):
             raise InputError(f"{name} {values} names one twice")
     budgets = [config.budget(i).name for i in range(len(config.budgets))]

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from orchestrator.evaluation import samples_of
 from orchestrator.store import read_json
 from orchestrator.words import label, predicted_ms, span
 from workers.contracts import ExpertCheckpoint, InputError, Interval, MixturePlan, Partition, SimilarityMatrix, derive_seed
 from workers.latency_table import LatencyTable
+from workers.protocol import common_protocol
 
 if TYPE_CHECKING:
     from orchestrator.planning import Prepared
@@ -25,7 +27,10 @@ KINDS = {"mixture": "", "uniform": " uniform", "cut only": " cut only"}
 
 @dataclass(frozen=True)
 class Measured:
-    """One denoiser of the evaluation: ``kind`` is dense, mixture, uniform or cut only; ``plan`` is None for dense."""
+    """One row of the evaluation: ``kind`` is dense, mixture, uniform or cut only; ``plan`` is None for dense.
+
+    ``sampler`` is empty for the job's own; else dense was drawn with it, as in ``ddim:25``.
+    """
 
     kind: str
     plan: MixturePlan | None
@@ -34,6 +39,7 @@ class Measured:
     """[n, C, H, W] in [-1, 1]; the same n noises for every denoiser."""
     experts: tuple[ExpertCheckpoint, ...] = ()
     """Empty where nothing was trained."""
+    sampler: str = ""
 
     @property
     def budget(self) -> str:
@@ -41,7 +47,7 @@ class Measured:
 
     @property
     def name(self) -> str:
-        return f"{self.budget} {self.kind}".strip()
+        return " ".join(filter(None, (self.budget, self.kind, self.sampler)))
 
     @property
     def mse(self) -> float:
@@ -62,7 +68,7 @@ Points = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report looks at. ``measured``: dense first, then budget by budget in the order of `KINDS`."""
+    """Everything the report looks at. ``measured``: dense first, also under other samplers, then by budget in the order of `KINDS`."""
 
     prepared: Prepared
     results: Mapping[str, dict[str, Any]]
@@ -83,6 +89,19 @@ class Evidence:
     @property
     def dense(self) -> Measured:
         return self.measured[0]
+
+    @property
+    def quality(self) -> str:
+        """The metric that rows are compared by, less being better: the Frechet distance where it was measured."""
+        return "paired_mse" if self.dense.metrics.get("frechet") is None else "frechet"
+
+    def macs_ratio(self, m: Measured) -> float:
+        """MACs of a whole trajectory, dense's under the job's sampler being 1."""
+        return m.metrics["calls"] / self.dense.metrics["calls"] * (m.plan.macs_ratio if m.plan else 1.0)
+
+    def time_ratio(self, m: Measured) -> float:
+        """Measured time of a whole trajectory, dense's under the job's sampler being 1."""
+        return float(m.metrics["relative_time"])
 
     def find(self, plan: MixturePlan, kind: str) -> Measured | None:
         """What was measured of a kind at a plan's budget."""
@@ -114,9 +133,11 @@ def gather(prepared: Prepared) -> Evidence:
     trials = tuple(map(MixturePlan.from_json, results["route"]["trials"]))
     chosen = tuple(map(MixturePlan.from_json, results["route"]["chosen"].values()))
     metrics, trained = results["publish"]["metrics"], results["finetune"]["experts"]
-    with np.load(prepared.store.stage_folder("publish", prepared.pipeline.fingerprints["publish"]) / "samples.npz") as arrays:
-        samples = {label: arrays[label] for label in metrics}
+    samples = {label: samples_of(prepared.store.folder / file) for label, file in results["publish"]["rows"].items()}
+    common_protocol(metrics)
     measured = [Measured("dense", None, metrics["dense"], samples["dense"])]
+    others = (label for label in metrics if label.startswith("dense "))
+    measured += [Measured("dense", None, metrics[label], samples[label], sampler=label.removeprefix("dense ")) for label in others]
     for best in chosen:
         uniform = next((trial for trial in trials if trial.agent == "uniform" and trial.budget == best.budget), best)
         for kind, suffix in KINDS.items():

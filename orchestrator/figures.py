@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from orchestrator.evidence import Measured, Points, Trainer
@@ -397,49 +397,4 @@ def timeline(stages: Mapping[str, Sequence[Trainer]]) -> Figure:
         axes.set_axisbelow(True)
     panels[-1].set_xlim(0, 1.07 * max(t.ended - min(u.started for u in group) for group in stages.values() for t in group))
     panels[-1].set_xlabel("seconds since the stage's first trainer started")
-    return figure
-
-
-# --- what it costs and what it is worth -----------------------------------------------------------------------------
-
-
-@_png
-def pareto(measured: Sequence[Measured], unrelated_mse: float, boundaries: Sequence[int]) -> Figure:
-    """Left: error against cost. Right: at which timesteps the denoising loss is above the dense model's, the first of ``measured``."""
-    figure = Figure(figsize=(WIDTH, 3.9), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    budgets = [m.plan.budget for m in measured if m.plan]
-    metric = budgets[0].metric if len({budget.metric for budget in budgets}) == 1 else "macs"
-    for (kind, name), marker in zip(ALLOCATIONS.items(), "osv", strict=True):
-        line = sorted(
-            (m.plan.cost(metric) / m.plan.dense_cost.of(metric), m.mse) for m in measured if m.plan and m.kind == kind and m.mse > 0
-        )
-        if line:
-            left.plot(*zip(*line, strict=True), color=KINDS[kind], marker=marker, markersize=6, label=name)
-    if unrelated_mse > 0:
-        left.axhline(unrelated_mse, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="two unrelated dense samples")
-    left.set_yscale("log")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    left.yaxis.set_minor_formatter(NullFormatter())
-    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
-    left.set(
-        title="Error against cost",
-        xlabel=f"{_quantities(budget for budget in budgets if budget.metric == metric)} relative to dense",
-        ylabel="MSE to dense, same noise (log)",
-    )
-    left.margins(x=0.15, y=0.15)
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2, "handlelength": 3}
-    if left.get_legend_handles_labels()[0]:
-        left.legend(**below)
-    for m in measured:
-        if m.kind in ("mixture", "uniform"):
-            ratio = np.divide(m.metrics["denoising_loss_by_timestep"], measured[0].metrics["denoising_loss_by_timestep"])
-            dash = _dash(m.budget, (other.budget for other in measured if other.plan))
-            right.plot(m.metrics["timesteps"], ratio, color=KINDS[m.kind], linestyle=dash, marker="o", markersize=3, label=m.name)
-    for boundary in boundaries:
-        right.axvline(boundary, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-    right.axhline(1, color=INK, linewidth=1)
-    right.set(title="Where quality is lost", xlabel="timestep t   (dashed: the cuts)", ylabel="denoising loss / dense's")
-    right.legend(**below)
     return figure

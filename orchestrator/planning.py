@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator import evaluation
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Pipeline
 from orchestrator.registry import Registry
@@ -64,6 +65,8 @@ def prepare(job: JobConfig) -> Prepared:
     images_at = data.resolve(job.data.path)
     channels, size = _image_shape(model, config, weights=to_make is None)
     images = data.check(str(images_at), channels, size, job.data.resize)
+    job = evaluation.absolute(job)
+    compared = evaluation.check(job, scheduler, channels, size)
     _check_images(job, images)
     _check_classes(job, model, images_at)
     table = cost_table(config, job.elastic_settings())
@@ -87,6 +90,7 @@ def prepare(job: JobConfig) -> Prepared:
         "model.source": str(source),
         "first_stage": "" if stage is None or to_make is not None else first_stage.digest(stage),
         "data.path": data.identity(str(images_at)),
+        **compared,
         # under what time is measured decides plans only where time is the budget
         "timing": digest_of(job.timing().to_json()) if any(budget.metric == "latency" for budget in job.budgets) else "",
     }
@@ -242,14 +246,16 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     choices = sum(min(4, len(site.choices) - 1) for site in table.space.sites)
     agents = len({"uniform", *job.router.agents}) * len(job.router.seeds) * len(job.budgets)
     era = ("era" in job.router.agents) * len(job.router.seeds) * len(job.budgets)
+    drawn, fewer = job.evaluate.samples + job.evaluate.frechet_samples, evaluation.dense_samplers(job)
     # forward passes of one image of the dense model; a backward pass counts two
     passes = {
         "analyze": gradient,
         "partition": 0,
-        "specialize": experts * train.steps * train.batch_size * (1 + 3 * (1.3 + 0.6 * train.random_networks)),
+        "specialize": experts * train.steps * train.batch_size * (1 + 3 * (0.65 + 0.6 * train.random_networks)),
         "route": experts * (choices * job.router.images / 2 + era * job.router.era_steps * job.router.era_batch),
         "finetune": copies * experts * tune.steps * tune.batch_size * (len(job.budgets) + 3 * small),
-        "publish": (1 + small * (copies + 1)) * (job.evaluate.images * job.evaluate.timesteps + job.evaluate.samples * job.sampler.steps),
+        "publish": (1 + small * (copies + 1)) * (job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps)
+        + drawn * sum(sampler.steps for sampler in fewer),
     }
     units = {
         "analyze": "1 task per worker" if gradient else "1 task",
@@ -257,7 +263,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "specialize": f"{experts} trainers",
         "route": f"{agents} trials",
         "finetune": f"{copies * experts * len(job.budgets)} trainers",
-        "publish": f"{1 + (copies + 1) * len(job.budgets)} models",
+        "publish": f"{1 + len(fewer) + (copies + 1) * len(job.budgets)} models",
     }
     at_most = "up to " if job.partition.experts == "auto" else ""
     need = job.resources

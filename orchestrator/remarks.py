@@ -21,6 +21,7 @@ MISPREDICTED = 0.1
 SLACK = 0.02
 """Above its budget by no more than this, a measured time counts as within: clocks differ from run to run."""
 
+QUALITIES = {"frechet": "Frechet distance", "paired_mse": "MSE to dense"}
 LEVELS = ("warning", "note", "good")
 
 
@@ -44,7 +45,7 @@ def verdict(e: Evidence) -> str:
     if not math.isnan(e.unrelated_mse):
         aside.append(f"two unrelated dense samples: {sig(e.unrelated_mse)}")
     loss = mixture.metrics["denoising_loss"] / e.dense.metrics["denoising_loss"]
-    time = mixture.metrics["ms_per_step"] / e.dense.metrics["ms_per_step"]
+    time = e.time_ratio(mixture)
     return (
         f"{head} of {len(e.partition)} expert{'s' * (len(e.partition) > 1)} at {budgets}. "
         f"At {mixture.budget}, samples differ from dense by MSE {sig(mixture.mse)}" + (f" ({'; '.join(aside)})" if aside else "") + "; "
@@ -55,6 +56,7 @@ def verdict(e: Evidence) -> str:
 def remarks(e: Evidence) -> list[Remark]:
     """Whether to trust it: what speaks against it first."""
     found = [remark for plan in e.chosen for remark in (_against_uniform(e, plan), _agents(e, plan), _time(e, plan))]
+    found += [remark for plan in e.chosen for remark in _against_fewer_steps(e, plan)]
     return sorted(
         [*_far_from_dense(e), *found, *_mispredicted(e), *uncertain_cuts(e), *_few_steps(e)], key=lambda remark: LEVELS.index(remark.level)
     )
@@ -79,6 +81,21 @@ def _against_uniform(e: Evidence, plan: MixturePlan) -> Remark:
     if -mean <= 2 * spread:
         return Remark("note", f"{at} is ahead of the uniform allocation with the same fine-tuning, but not clearly: {numbers}.")
     return Remark("good" if rise <= 0 else "note", f"{at} beats the uniform allocation with the same fine-tuning: {numbers}.")
+
+
+def _against_fewer_steps(e: Evidence, plan: MixturePlan) -> list[Remark]:
+    """Is the mixture worth anything against the simplest rival, dense with fewer steps, that takes no more measured time?"""
+    mixture, word = e.mixture(plan), QUALITIES[e.quality]
+    mine, time = mixture.metrics[e.quality], e.time_ratio(mixture)
+    rivals = [m for m in e.measured if m.sampler and m.metrics[e.quality] is not None and e.time_ratio(m) <= time]
+    if not rivals or mine is None:
+        return []
+    best = min(rivals, key=lambda m: m.metrics[e.quality])
+    theirs = best.metrics[e.quality]
+    numbers = f"{word} {sig(mine)} in {time:.0%} of the time, against {sig(theirs)} in {e.time_ratio(best):.0%}"
+    if mine < theirs:
+        return [Remark("good", f"At {mixture.budget}, the mixture beats dense with fewer steps ({best.sampler}): {numbers}.")]
+    return [Remark("warning", f"At {mixture.budget}, dense with fewer steps ({best.sampler}) is better and no slower: {numbers}.")]
 
 
 def _agents(e: Evidence, plan: MixturePlan) -> Remark:
@@ -122,7 +139,7 @@ def _time(e: Evidence, plan: MixturePlan) -> Remark:
 
 def measured_time(e: Evidence, plan: MixturePlan) -> float:
     """Of a step of the plan's mixture, as a part of dense's."""
-    return e.mixture(plan).metrics["ms_per_step"] / e.dense.metrics["ms_per_step"]
+    return e.time_ratio(e.mixture(plan))
 
 
 def _mispredicted(e: Evidence) -> list[Remark]:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jinja2
 
-from orchestrator import __version__, figures
+from orchestrator import __version__, figures, figures_quality
 from orchestrator.evidence import Evidence, curves, gather, trainers, trials_of
 from orchestrator.remarks import RELIABLE, remarks, uncertain_cuts, verdict
 from orchestrator.store import read_json
-from orchestrator.words import dropped, gmacs, of_dense, percent, predicted_ms, sig, timing
+from orchestrator.words import dropped, gmacs, measured_under, of_dense, percent, predicted_ms, sig, timing
 from workers.contracts import Cost, InputError
 
 if TYPE_CHECKING:
@@ -53,26 +53,31 @@ def _decimals(values: Sequence[float]) -> str:
 
 
 def _metric(e: Evidence, key: str) -> list[float]:
-    """Of every measured denoiser; NaN where it was not measured, or compares dense with itself."""
-    values = [m.metrics.get(key) if m.plan or not key.startswith("paired") else None for m in e.measured]
+    """Of every row; NaN where it was not measured, compares dense with itself, or stands in dense's row already."""
+    known = ["paired" in key and m is e.dense or "loss" in key and bool(m.sampler) for m in e.measured]
+    values = [None if skip else m.metrics.get(key) for skip, m in zip(known, e.measured, strict=True)]
     return [math.nan if value is None else float(value) for value in values]
 
 
 def quality_columns(e: Evidence) -> list[Column]:
-    """How good every measured denoiser is, one value each."""
-    loss, mse = _metric(e, "denoising_loss"), _metric(e, "paired_mse")
+    """How good every row is, one value each."""
+    loss, mse, lpips = _metric(e, "denoising_loss"), _metric(e, "paired_mse"), _metric(e, "paired_lpips")
     rise = [math.nan, *(v / loss[0] - 1 for v in loss[1:])]
+    small = min((abs(v) for v in rise if math.isfinite(v)), default=0) < 0.1
+    distances = {"FD": _metric(e, "frechet"), "KID": _metric(e, "kid")}
     return [
+        *(Column(name, "to images", v, _decimals(v), min) for name, v in distances.items() if any(map(math.isfinite, v))),
         Column("loss", "denoising", loss, _decimals(loss), min),
-        Column("loss", "over dense", rise, "+.1%" if min(map(abs, rise[1:])) < 0.1 else "+.0%", min),
+        Column("loss", "over dense", rise, "+.1%" if small else "+.0%", min),
         Column("MSE", "to dense", mse, _decimals(mse), min),
+        *([Column("LPIPS", "to dense", lpips, _decimals(lpips), min)] if any(map(math.isfinite, lpips)) else []),
         Column("PSNR", "dB", _metric(e, "paired_psnr_db"), ".2f", max),
         Column("SSIM", "to dense", _metric(e, "paired_ssim"), ".3f", max),
     ]
 
 
 def cost_columns(e: Evidence) -> list[Column]:
-    """What every measured denoiser costs, one value each; left out where nothing was measured, or it would repeat its neighbour."""
+    """What every row costs, one value each; left out where nothing was measured, or it would repeat its neighbour."""
     dense, dense_ms = e.chosen[0].dense_cost, next((plan.dense_cost.latency_ms for plan in e.chosen if predicted_ms(plan)), None)
 
     def weighted(of: Callable[[Cost], int]) -> list[float]:
@@ -97,6 +102,7 @@ def cost_columns(e: Evidence) -> list[Column]:
         Column("memory", "peak, MiB", memory, ".0f", min) if _differ(memory, [0] * len(memory)) else None,
         Column("time", "ms / step", time, _decimals(time), min),
         Column("time", "of dense", [v / time[0] for v in time], ".0%", min),
+        Column("time", "all steps", _metric(e, "relative_time"), ".0%", min) if any(m.sampler for m in e.measured) else None,
         *(
             (
                 Column("predicted", "ms / step", predicted, _decimals(predicted)),
@@ -124,9 +130,11 @@ def key_rows(e: Evidence, columns: Sequence[Column]) -> dict[str, list[Row]]:
         rivals = [i for i, other in enumerate(e.measured) if other.budget == m.budget]
         cells = []
         for column in columns:
-            best = column.best(column.values[i] for i in rivals) if column.best and len(rivals) > 1 else None
+            finite = [column.values[i] for i in rivals if math.isfinite(column.values[i])]
+            best = column.best(finite) if column.best and m.plan and len(rivals) > 1 and finite else None
             cells.append((column.text(row), best is not None and column.text(row) == format(best, column.form)))
-        name = f"mixture ({m.plan.agent})" if m.plan and m.kind == "mixture" else figures.ALLOCATIONS.get(m.kind, m.kind)
+        allocation = figures.ALLOCATIONS.get(m.kind, f"{m.kind} {m.sampler}".strip())
+        name = f"mixture ({m.plan.agent})" if m.plan and m.kind == "mixture" else allocation
         groups.setdefault(of_dense(m.plan.budget) if m.plan else "", []).append((name, cells))
     return groups
 
@@ -137,12 +145,13 @@ def key_rows(e: Evidence, columns: Sequence[Column]) -> dict[str, list[Row]]:
 def draw(e: Evidence) -> dict[str, bytes]:
     """Every figure as PNG, by name."""
     plans = {f"{of_dense(plan.budget)} ({plan.agent})": plan for plan in e.chosen}
-    shown = [m for m in e.measured if m.kind != "cut only" or (m.plan and m.plan.budget == e.smallest.budget)]
+    shown = [m for m in e.measured if not m.sampler and (m.kind != "cut only" or (m.plan and m.plan.budget == e.smallest.budget))]
     cut = e.results["partition"]
     curve = {int(k): float(v) for k, v in cut["curve"].items()}
     drawn = {
         "samples": figures.samples(shown, e.classes),
-        "pareto": figures.pareto(e.measured, e.unrelated_mse, e.partition.boundaries),
+        "pareto": figures_quality.pareto(e),
+        "timesteps": figures_quality.timesteps(e.measured, e.partition.boundaries),
         "similarity": figures.similarity(e.matrix, e.partitions, cut["boundary_frequency"], curve),
         "architecture": figures.architecture(plans, e.prepared.table.space.sites),
         "cost": figures.cost(plans),
@@ -188,6 +197,8 @@ def build(prepared: Prepared) -> Path:
         remarks=remarks(e),
         warnings=[remark.text for remark in uncertain_cuts(e) if remark.level == "warning"],
         tables=[(columns, key_rows(e, columns)) for columns in (quality_columns(e), cost_columns(e))],
+        measured_under=measured_under(e.dense.metrics["protocol"]) if e.dense.metrics.get("protocol") else "",
+        faster=any(m.sampler for m in e.measured),
         timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs),
         pipeline=_pipeline_class(prepared.job.model.path),
         trials=[(plan, trials_of(e, plan)) for plan in e.chosen],

@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import __version__, encode
+from orchestrator import __version__, encode, evaluation
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry
-from orchestrator.store import RunStore, read_json, write_json
+from orchestrator.store import RunStore, write_json
 from orchestrator.words import predicts
-from workers import data, families, first_stage, latents, partition, tasks
+from workers import data, families, first_stage, latents, partition, tasks, tasks_evaluate
 from workers.contracts import (
     DenoiserRef,
-    EvaluateTask,
     ExpertCheckpoint,
     ExpertTask,
     ImageTask,
@@ -82,6 +81,7 @@ def cut(ctx: Context) -> dict[str, Any]:
         matrix,
         str(ctx.folder_of("analyze") / "gram.npy"),
         settings.experts,
+        method=settings.method,
         min_timesteps=settings.min_timesteps,
         penalty=settings.penalty,
         max_experts=settings.max_experts,
@@ -119,6 +119,7 @@ def specialize(ctx: Context) -> dict[str, Any]:
             elastic=job.elastic_settings(),
             train=settings.settings(),
             random_networks=settings.random_networks,
+            network_pool=settings.network_pool,
             importance_images=settings.importance_images,
             seed=job.seed,
             flip=job.data.flip,
@@ -132,6 +133,34 @@ def specialize(ctx: Context) -> dict[str, Any]:
 
 def route(ctx: Context) -> dict[str, Any]:
     """Every agent searches every budget; per budget the plan with the lowest loss is chosen, on images no agent searched on."""
+    job, settings = ctx.job, ctx.job.router
+    item = route_task(ctx)
+    budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
+    axes = {"budget": list(budgets), "agent": agents_of(job), "seed": settings.seeds}
+    trials = {
+        f"{budget}/{agent}/{seed}": replace(item, budget=budgets[budget], agent=agent, search_seed=seed)
+        for budget, agent, seed in itertools.product(*axes.values())
+    }
+    found = ctx.cluster.search(tasks.search_plan, axes, trials, ctx.folder)
+    plans = [trial.plan for trial in found.values() if trial.plan]
+    chosen = {budget: min((p for p in plans if p.budget.name == budget), key=lambda p: p.loss) for budget in budgets}
+    for budget, plan in chosen.items():
+        losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans if p.budget.name == budget)
+        ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} (search loss: {losses})")
+        for interval, share in zip(plan.partition.intervals, plan.shares, strict=True):
+            served = round(share * job.sampler.steps)
+            if served < 2:
+                ctx.say(f"  warning: {interval.name} serves {served} of {job.sampler.steps} sampler steps; two or more are better")
+    return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans]}
+
+
+def agents_of(job: JobConfig) -> list[str]:
+    """The job's agents; the baseline is always there."""
+    return list(dict.fromkeys(["uniform", *job.router.agents]))
+
+
+def route_task(ctx: Context, stage: str = "route") -> RouteTask:
+    """What the trials of a plan search share: the elastic experts, and their sensitivity tables, measured into the context's folder."""
     job, settings = ctx.job, ctx.job.router
     images, train, _ = _images(ctx)
     experts = tuple(_located(ctx, e) for e in ctx.results["specialize"]["experts"])
@@ -148,28 +177,12 @@ def route(ctx: Context) -> dict[str, Any]:
         settings=settings.settings(),
         device=ctx.cluster.need.device,
         latency=_latency(ctx),
+        stage=stage,
+        mixed_precision=job.specialize.mixed_precision,
     )
     tables = [(item, k, str(ctx.folder / f"sensitivity-{expert.interval.name}.json")) for k, expert in enumerate(experts)]
     ctx.cluster.scatter(tasks.expert_sensitivity, [table for table in tables if not Path(table[2]).exists()])
-    item = replace(item, sensitivity=tuple(out for _, _, out in tables))
-
-    budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
-    agents = list(dict.fromkeys(["uniform", *settings.agents]))  # the baseline is always there
-    axes = {"budget": list(budgets), "agent": agents, "seed": settings.seeds}
-    trials = {
-        f"{budget}/{agent}/{seed}": replace(item, budget=budgets[budget], agent=agent, search_seed=seed)
-        for budget, agent, seed in itertools.product(*axes.values())
-    }
-    plans = ctx.cluster.search(tasks.search_plan, axes, trials, ctx.folder)
-    chosen = {budget: min((p for p in plans.values() if p.budget.name == budget), key=lambda p: p.loss) for budget in budgets}
-    for budget, plan in chosen.items():
-        losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans.values() if p.budget.name == budget)
-        ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} (search loss: {losses})")
-        for interval, share in zip(plan.partition.intervals, plan.shares, strict=True):
-            served = round(share * job.sampler.steps)
-            if served < 2:
-                ctx.say(f"  warning: {interval.name} serves {served} of {job.sampler.steps} sampler steps; two or more are better")
-    return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans.values()]}
+    return replace(item, sensitivity=tuple(out for _, _, out in tables))
 
 
 def finetune(ctx: Context) -> dict[str, Any]:
@@ -205,20 +218,22 @@ def publish(ctx: Context) -> dict[str, Any]:
     """Measure dense, every mixture and its baselines on the same images and noise; publish, verify, report."""
     job = ctx.job
     denoisers = _denoisers(ctx)
-    metrics = read_json(ctx.folder / "metrics.json") or _measure(ctx, denoisers)
-    write_json(ctx.folder / "metrics.json", metrics)  # measured once: a version and its report must show the same figures
+    measured = evaluate(ctx, rows(ctx))
+    metrics = evaluation.read_table(measured)
+    write_json(ctx.folder / "metrics.json", metrics)
     registry, published = Registry(job.registry.path), {}
     for i, config in enumerate(job.budgets):
         budget = job.budget(i)
         ref = denoisers[budget.name]
         assert ref.plan is not None
         folder = ctx.folder / f"mixture-{budget.name}"
-        ctx.cluster.scatter(tasks.assemble_mixture, [(ref, job.model.path, job.sampler.scheduler, tuple(job.export.rewrites), str(folder))])
+        item = (ref, job.model.path, job.sampler.scheduler, tuple(job.export.rewrites), str(folder))
+        ctx.cluster.scatter(tasks_evaluate.assemble_mixture, [item])
         manifest = MixtureManifest(
             name=job.name,
             family=families.family_name(job.model.path),
             plan=ref.plan,
-            metrics={label: metrics[label] for label in ("dense", *(label for label in denoisers if label.startswith(budget.name)))},
+            metrics={label: row for label, row in metrics.items() if label.startswith(("dense", budget.name))},
             config=job.model_dump(mode="json", exclude={"storage", "registry", "resources"}),
             provenance=Provenance(
                 job=job.name,
@@ -235,8 +250,25 @@ def publish(ctx: Context) -> dict[str, Any]:
         published[budget.name] = version_ = registry.publish(job.name, manifest, folder)
         files = registry.verify(version_)
         ctx.say(f"  published {version_.reference}: {config.metric} {config.ratio:g}, {files} files verified, {version_.path}")
-    result = {"metrics": metrics, "published": {name: {"reference": v.reference, "path": str(v.path)} for name, v in published.items()}}
-    return result
+    return {
+        "metrics": metrics,
+        "rows": {label: file.relative_to(ctx.store.folder).as_posix() for label, file in measured.items()},
+        "published": {name: {"reference": v.reference, "path": str(v.path)} for name, v in published.items()},
+    }
+
+
+def rows(ctx: Context, published: Mapping[str, DenoiserRef] | None = None) -> dict[str, evaluation.Row]:
+    """What the table of results is about, also before there are mixtures; ``published`` versions are added."""
+    whole = families.load_scheduler_config(ctx.job.model.path)["num_train_timesteps"]
+    cuts = _partition(ctx) if "partition" in ctx.results else Partition.from_boundaries([], whole)
+    made = _denoisers(ctx) if "finetune" in ctx.results else {"dense": DenoiserRef("dense")}
+    return evaluation.rows_of(ctx, {**made, **(published or {})}, cuts)
+
+
+def evaluate(ctx: Context, chosen: Mapping[str, evaluation.Row], stage: str = "publish") -> dict[str, Path]:
+    """The file of every row, measured now unless it is there."""
+    images, _, held_out = _images(ctx)
+    return evaluation.measure(ctx, chosen, images, held_out, stage)
 
 
 STAGES = (
@@ -265,16 +297,28 @@ STAGES = (
         ("partition",),
         ("elastic", "specialize", "data.flip", "data.class_dropout"),
         ("specialize.checkpoint_every",),
+        version=2,
     ),
-    Stage("route", route, ("specialize",), ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps")),
-    Stage("finetune", finetune, ("route",), ("finetune",), ("finetune.checkpoint_every",)),
+    Stage("route", route, ("specialize",), ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps"), version=2),
+    Stage("finetune", finetune, ("route",), ("finetune",), ("finetune.checkpoint_every",), version=2),
     Stage(
         "publish",
         publish,
         ("finetune",),
-        ("evaluate", "export", "latency", "sampler.guidance_scale", "sampler.eta", "name", "registry"),
-        ignores=("evaluate.batch_size", "evaluate.shards"),
+        (
+            "evaluate",
+            "evaluate.extractor_weights",
+            "evaluate.reference",
+            "export",
+            "latency",
+            "sampler.guidance_scale",
+            "sampler.eta",
+            "name",
+            "registry",
+        ),
+        ignores=tuple(f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference")),  # files by what they hold
         holds=lambda result: all((Path(version["path"]) / "manifest.json").exists() for version in result["published"].values()),
+        fills=evaluation.FOLDER,
     ),
 )
 
@@ -428,44 +472,3 @@ def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
         uniform = _uniform(ctx, MixturePlan.from_json(ctx.results["route"]["chosen"][budget]))
         denoisers[f"{budget} cut only"] = DenoiserRef(f"{budget} cut only", uniform, elastic, cut_only=True, unit=ctx.job.elastic.unit)
     return denoisers
-
-
-def _measure(ctx: Context, denoisers: dict[str, DenoiserRef]) -> dict[str, dict[str, Any]]:
-    """Metrics per denoiser; samples beside, for the report."""
-    job, settings = ctx.job, ctx.job.evaluate
-    images, _, held_out = _images(ctx)
-    num_timesteps = families.load_scheduler_config(job.model.path)["num_train_timesteps"]
-    common = EvaluateTask(
-        denoiser=DenoiserRef("dense"),
-        model=job.model.path,
-        images=images,
-        rows=(),
-        noise_seeds=(),
-        partition=_partition(ctx),
-        scheduler=job.sampler.scheduler,
-        steps=job.sampler.steps,
-        batch_size=settings.batch_size,
-        timesteps=partition.grid(num_timesteps, settings.timesteps),
-        seed=job.seed,
-        device=ctx.cluster.need.device,
-        out="",
-        timing=job.timing(),
-        guidance_scale=job.sampler.guidance_scale,
-        eta=job.sampler.eta,
-    )
-    rows = np.array_split(held_out[: settings.images], settings.shards)
-    seeds = np.array_split([derive_seed(job.seed, "sample", i) for i in range(settings.samples)], settings.shards)
-    items = [
-        replace(
-            common,
-            denoiser=ref,
-            rows=tuple(rows[s].tolist()),
-            noise_seeds=tuple(seeds[s].tolist()),
-            out=str(ctx.folder / f"{label.replace(' ', '-')}-{s}of{settings.shards}.npz"),
-        )
-        for label, ref in denoisers.items()
-        for s in range(settings.shards)
-    ]
-    ctx.cluster.scatter(tasks.evaluate_shard, [item for item in items if not Path(item.out).exists()])
-    [metrics] = ctx.cluster.scatter(tasks.summarise, [(tuple(items), str(ctx.folder / "samples.npz"))])
-    return metrics

@@ -4,6 +4,7 @@
                      cache/                       decoded images, shared by all stages
                      <stage>-<fingerprint>/       one stage under one set of settings; done.json is written last
                      train/<stage>-<unit>-<fp>/   checkpoints of the trainers
+                     evaluation/                  what was measured, a file per row of the table
                      report.html, figures/        written by publish
 Folders carry their fingerprint, so settings may change and change back: nothing is overwritten and nothing is deleted.
 """
@@ -116,11 +117,15 @@ class RunStore:
             return "partial"
         return "stale" if any(self.folder.glob(f"{stage}-????????/done.json")) else "new"
 
-    def set_aside(self, stage: str, fingerprint: str) -> None:
-        """Rename what was finished under this fingerprint, so that it is made again; nothing is deleted, and unfinished work goes on."""
+    def set_aside(self, stage: str, fingerprint: str, fills: str = "") -> None:
+        """Rename what was finished under this fingerprint, and the folder that the stage ``fills``, so that it is made again.
+
+        Nothing is deleted, and unfinished work goes on.
+        """
         if self.done(stage, fingerprint) is None:
             return
-        for folder in (self.stage_folder(stage, fingerprint), *self.folder.glob(f"train/{stage}-*-{fingerprint[:8]}")):
+        also = [self.folder / fills] if fills else []
+        for folder in (self.stage_folder(stage, fingerprint), *self.folder.glob(f"train/{stage}-*-{fingerprint[:8]}"), *also):
             if folder.is_dir():
                 number = next(n for n in range(1, 10000) if not folder.with_name(f"{folder.name}.aside{n}").exists())
                 folder.rename(folder.with_name(f"{folder.name}.aside{number}"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from workers.contracts import Budget, Interval, MixturePlan
 
@@ -89,6 +90,20 @@ def predicted_ms(plan: MixturePlan) -> float | None:
 def timing(batch: int, dtype: str, compiled: bool, cuda_graphs: bool = False) -> str:
     """Under what a time holds: ``a batch of 16 in float32, not compiled``."""
     return f"a batch of {batch} in {dtype}, " + ("with compiled blocks" if compiled else "not compiled") + as_graphs(cuda_graphs)
+
+
+def measured_under(protocol: Mapping[str, Any]) -> str:
+    """A protocol in one sentence, beginning with its id."""
+    p = protocol
+    drawn = f"sampled in {p['dtype']}" + (f" with guidance {p['guidance_scale']:g}" if p["guidance_scale"] != 1 else "")
+    drawn += f" from the noise of seed {p['seed']}"
+    if not p["extractor"]:
+        return f"protocol {p['id']}: {drawn}; no distances (evaluate.frechet_samples is 0)"
+    resized = f", resized to {p['input_size']} ({p['resize']})" if p["input_size"] not in (None, p["image_shape"][-1]) else ""
+    return (
+        f"protocol {p['id']}: Frechet (FD) and kernel distance (KID) of the {p['extractor']} features of {p['images']:,} images, 8 bits"
+        f"{resized}, to those of {p['reference_images']:,} reference images; {drawn}"
+    )
 
 
 def as_graphs(cuda_graphs: bool) -> str:

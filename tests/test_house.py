@@ -106,7 +106,7 @@ def test_it_starts_without_torch_ray_and_diffusers(code):
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-@pytest.mark.parametrize("folder", ["families", "similarity", "routers"])
+@pytest.mark.parametrize("folder", ["families", "similarity", "routers", "extractors"])
 def test_the_names_of_an_extension_folder_are_its_files(folder):
     files = {path.stem for path in (ROOT / "workers" / folder).glob("*.py")} - {"__init__"}
     assert files
@@ -118,6 +118,8 @@ def test_a_job_accepts_every_name_of_an_extension_folder():
         assert load_job("quickstart", [f"model.family={name}"]).model.family == name
     for name in names_in("similarity"):
         assert load_job("quickstart", [f"similarity.measure={name}"]).similarity.measure == name
+    for name in names_in("extractors"):
+        assert load_job("quickstart", [f"evaluate.extractor={name}"]).evaluate.extractor == name
     assert load_job("quickstart", [f"router.agents={names_in('routers')}"]).router.agents == names_in("routers")
 
 

@@ -9,7 +9,7 @@ from workers.errors import InputError
 
 
 def names_in(folder: str) -> list[str]:
-    """Names of an extension folder (families, similarity, routers): its files, without importing any."""
+    """Names of an extension folder (families, similarity, routers, extractors): its files, without importing any."""
     return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / folder)]))
 
 

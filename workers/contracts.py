@@ -15,6 +15,9 @@ from workers.errors import BudgetUnreachable as BudgetUnreachable
 from workers.errors import InputError as InputError
 from workers.errors import RunFailed as RunFailed
 from workers.errors import VerificationError as VerificationError
+from workers.protocol import ExtractorRef as ExtractorRef
+from workers.protocol import Protocol as Protocol
+from workers.protocol import SamplerRef as SamplerRef
 from workers.records import Record as Record
 from workers.timesteps import Interval as Interval
 from workers.timesteps import Partition as Partition
@@ -154,6 +157,19 @@ class Budget(Record):
 
 
 @dataclass(frozen=True)
+class SiteReason(Record):
+    """Why one site of one expert is as it is. For a site kept whole, what losing it would do; else what its cut does."""
+
+    site: str
+    choice: int
+    dense: int
+    rise: float
+    """Rise of the expert's normalised loss when only this site is reduced."""
+    saves: float
+    """Cost of the difference, as a part of the dense model's."""
+
+
+@dataclass(frozen=True)
 class MixturePlan(Record):
     """Who gets which sub-network: one architecture per interval, within one budget."""
 
@@ -169,6 +185,12 @@ class MixturePlan(Record):
     loss: float
     """Search loss on the calibration images: normalised, schedule-weighted; lower is better."""
     search_seconds: float = 0.0
+    gain: float = 0.0
+    """How much lower the loss is than that of the uniform plan."""
+    gain_error: float = 0.0
+    """Standard error of ``gain`` over the calibration images."""
+    reasons: tuple[tuple[SiteReason, ...], ...] = ()
+    """Per expert, the sites that tell most about the choice."""
 
     def __post_init__(self) -> None:
         if not len(self.experts) == len(self.shares) == len(self.expert_costs) == len(self.partition):
@@ -297,6 +319,7 @@ class TrainSettings(Record):
     output_weight: float
     feature_weight: float
     denoising_weight: float
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -320,6 +343,8 @@ class ExpertTask(Record):
     spec: ArchitectureSpec | None = None
     label: str = ""
     """Put before the interval's name in progress lines."""
+    network_pool: int = 0
+    """How many random sub-networks there are in all; 0: new ones in every step."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +357,7 @@ class RouteSettings(Record):
     era_learning_rate: float
     cost_weight: float
     temperature: float
+    trials: int = 100
 
 
 @dataclass(frozen=True)
@@ -354,13 +380,18 @@ class RouteTask(Record):
     sensitivity: tuple[str, ...] = ()
     latency: str | None = None
     """The latency table of a latency budget."""
+    stage: str = "route"
+    """Under what progress is told: the stage, or a sweep."""
+    mixed_precision: str = "no"
+    """As the experts were trained: ``bf16`` also runs their calibration under autocast on a GPU."""
 
 
 @dataclass(frozen=True)
 class DenoiserRef(Record):
     """A denoiser to evaluate: without a plan, the dense one; else the mixture of ``experts``, small fine-tuned checkpoints.
 
-    ``cut_only``: the plan is cut from the pretrained weights, untrained, in the channel order of the elastic ``experts``.
+    ``cut_only``: the plan is cut from the pretrained weights, untrained, in the channel order of the elastic ``experts``. ``folder``: a
+    published mixture, which needs no experts.
     """
 
     label: str
@@ -368,6 +399,7 @@ class DenoiserRef(Record):
     experts: tuple[ExpertCheckpoint, ...] = ()
     cut_only: bool = False
     unit: str = "group"
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -391,6 +423,14 @@ class EvaluateTask(Record):
     timing: Timing
     guidance_scale: float = 1.0
     eta: float = 0.0
+    dtype: str = "float32"
+    compiled: bool = False
+    """Sampling runs with compiled blocks."""
+    frechet_seeds: tuple[int, ...] = ()
+    """One seed per image that only its features are kept of."""
+    extractor: ExtractorRef | None = None
+    stage: str = "publish"
+    """Under which progress is told."""
 
 
 # --- what is published ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How good is a denoiser? Paired error against dense from the same noise, and denoising loss on held-out images.
+"""How good is a denoiser, and what does it cost? Paired error against dense from the same noise, denoising loss on held-out images, time.
 
 Noise is fixed per image (one seed each), so that neither batch size nor sharding changes a number.
 """
@@ -10,6 +10,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from workers import families
-from workers.contracts import EvaluateTask
+from workers import extractors, families
+from workers.contracts import EvaluateTask, InputError
 from workers.cost import count
 from workers.diffusion import NoiseSchedule, generator, sampler_timesteps, steps_per_expert
 from workers.graphs import Graphs
 from workers.regional import RegionCompiler
+
+LOSSES = ("denoising_loss", "denoising_loss_by_timestep", "timesteps")
+COSTS = ("ms_per_step", "gmacs_per_step", "parameters", "peak_memory_mib")
+"""What `cost_per_step` tells; the last one on a GPU only."""
 
 
 @torch.no_grad()
@@ -53,6 +58,42 @@ def paired_metrics(samples: np.ndarray, dense: np.ndarray) -> dict[str, float | 
         "paired_psnr_db": float(psnr(mine, theirs)),
         "paired_ssim": float(ssim(mine, theirs)),
     }
+
+
+@torch.no_grad()
+def lpips(spec: str, samples: np.ndarray, dense: np.ndarray, device: str, batch: int = 64) -> float:
+    """Mean perceptual distance of samples [n, C, H, W] in [-1, 1] from dense's, by the network that ``spec`` names. Raises: InputError."""
+    network, found = load_lpips(spec).to(device), []
+    for i in range(0, len(samples), batch):
+        a, b = (torch.from_numpy(images[i : i + batch]).to(device).expand(-1, 3, -1, -1) for images in (samples, dense))
+        distance = network(a, b)
+        if not isinstance(distance, Tensor) or distance.numel() != len(a):
+            raise InputError(f"evaluate.lpips: {spec} must give one number for each of {len(a)} pairs of images")
+        found.append(distance.double().flatten().cpu())
+    return float(torch.cat(found).mean())
+
+
+def load_lpips(spec: str) -> nn.Module:
+    """A TorchScript file, or what ``package.module:function`` returns: a module that maps two batches [n, 3, H, W] in [-1, 1] to [n].
+
+    Raises: InputError.
+    """
+    try:
+        network = torch.jit.load(spec, map_location="cpu") if Path(spec).is_file() else extractors.imported(spec, "evaluate.lpips")()
+    except InputError:
+        raise
+    except Exception as error:  # a user's module may fail in any way
+        raise InputError(f"evaluate.lpips: {spec} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(network, nn.Module):
+        raise InputError(f"evaluate.lpips: {spec} gave a {type(network).__name__}, not a torch.nn.Module")
+    return network.eval()
+
+
+def speed(batches: np.ndarray) -> dict[str, float]:
+    """From (images, seconds) of every batch that was drawn: whole sampling runs, decoding included. The first one warms up, if there are
+    more."""
+    images, seconds = batches[1:].sum(0) if len(batches) > 1 else batches.sum(0)
+    return {"images_per_s": float(images / seconds), "ms_per_image": float(1e3 * seconds / images)}
 
 
 @torch.no_grad()

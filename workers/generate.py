@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from workers import conditioning, families, first_stage
-from workers.contracts import InputError
+from workers.contracts import InputError, SamplerRef
 from workers.diffusion import make_sampler, sample, sampler_timesteps
 from workers.mixture import MixtureDenoiser
 
@@ -38,33 +39,59 @@ class Surroundings:
     def draw(
         self,
         model: Any,
-        scheduler: str,
-        steps: int,
+        sampler: SamplerRef,
         seeds: Sequence[int],
         shape: tuple[int, int, int],
         batch: int,
         labels: Sequence[int] | None = None,
         guidance_scale: float = 1.0,
-        eta: float = 0.0,
-    ) -> tuple[np.ndarray, float]:
-        """Images [n, C, H, W], one per seed, and the seconds that sampling took, decoding included.
+        pad: bool = False,
+    ) -> Iterator[tuple[Tensor, float]]:
+        """Images [b, C, H, W] on the device, batch by batch, one per seed, and the seconds that each batch took, decoding included.
 
-        ``labels``: one class per seed; by default drawn from the seeds. ``shape``: of the denoiser's samples.
+        ``labels``: one class per seed; by default drawn from the seeds. ``shape``: of the denoiser's samples. ``pad``: the last batch is
+        filled up, and what fills it thrown away, so that the denoiser meets one size only.
         """
         classes = self.conditioner.classes
         chosen = classes.of_seeds(seeds) if labels is None else list(labels)
-        started, parts = time.perf_counter(), []
         for i in range(0, len(seeds), batch):
-            told = None if chosen is None or classes.argument is None else torch.tensor(chosen[i : i + batch], device=self.device)
+            count = min(batch, len(seeds) - i)
+            rows = [*range(i, i + count), *([i] * (batch - count) if pad else ())]
+            started = time.perf_counter()
+            told = None if chosen is None or classes.argument is None else torch.tensor([chosen[j] for j in rows], device=self.device)
             predict = self.conditioner.guide(model, told, guidance_scale)
-            x = sample(predict, make_sampler(scheduler, self.scheduler_config), steps, seeds[i : i + batch], shape, self.device, eta)
-            parts.append(self.decode(x).cpu())
-        return torch.cat(parts).numpy(), time.perf_counter() - started
+            noise = [seeds[j] for j in rows]
+            stepper = make_sampler(sampler.scheduler, self.scheduler_config)
+            images = self.decode(sample(predict, stepper, sampler.steps, noise, shape, self.device, sampler.eta))[:count]
+            if self.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            yield images, time.perf_counter() - started
 
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
         """Samples in the denoiser's scale -> images [n, C, H, W] in [-1, 1]."""
         return (samples if self.first_stage is None else self.first_stage.decode(samples)).clamp(-1, 1)
+
+
+class SamplingDenoiser:
+    """A denoiser as a sampler calls it: float32 in and out, ``dtype`` inside. Nothing of a step waits for the device.
+
+    The model is moved and converted for good.
+    """
+
+    def __init__(self, model: Any, device: str, dtype: str = "float32") -> None:
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.model: Any = nn.Module.to(model, device, self.dtype)
+        self.device = device
+        self._timesteps: dict[float, Tensor] = {}
+
+    def __call__(self, x: Tensor, t: Tensor, **told: Tensor) -> UNet2DOutput:
+        """As the denoiser's own call, for a timestep [] on the CPU."""
+        network = self.model.experts[int(self.model.expert_index(t))] if isinstance(self.model, MixtureDenoiser) else self.model
+        if float(t) not in self._timesteps:  # copied once, not at every step of every batch
+            self._timesteps[float(t)] = t.to(self.device)
+        told = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in told.items()}
+        return UNet2DOutput(sample=network(x.to(self.dtype), self._timesteps[float(t)], **told).sample.float())
 
 
 def write_sample_grid(
@@ -97,7 +124,8 @@ def write_sample_grid(
     model = MixtureDenoiser.from_pretrained(version).to(device)
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     labels = None if label is None else [label] * len(seeds)
-    images, _ = around.draw(model, scheduler, steps, list(seeds), shape, batch, labels, guidance_scale, eta)
+    drawn = around.draw(model, SamplerRef(scheduler, steps, eta), list(seeds), shape, batch, labels, guidance_scale)
+    images = torch.cat([part.cpu() for part, _ in drawn]).numpy()
     side = min(8, len(images))
     blank = np.ones((-len(images) % side, *images.shape[1:]), images.dtype)
     rows = np.concatenate([images, blank]).reshape(-1, side, *images.shape[1:])

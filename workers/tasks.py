@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
-import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,26 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from workers import (
     checkpoint,
     conditioning,
     data,
-    evaluate,
     families,
-    first_stage,
     latency,
     latents,
     partition,
-    rewrites,
     routers,
+    sensitivity,
     similarity,
 )
 from workers.contracts import (
-    DenoiserRef,
-    EvaluateTask,
+    ArchitectureSpec,
+    Budget,
     ExpertCheckpoint,
     ExpertTask,
     ImageTask,
@@ -42,22 +40,19 @@ from workers.contracts import (
     MixturePlan,
     Progress,
     RouteTask,
-    RunFailed,
     SimilarityMatrix,
     SimilarityTask,
     derive_seed,
 )
 from workers.cost import cost_table
-from workers.diffusion import NoiseSchedule, draw_timesteps, generator, make_sampler, sampler_timesteps, steps_per_expert
+from workers.diffusion import NoiseSchedule, draw_timesteps, generator, sampler_timesteps, steps_per_expert
 from workers.elastic import Branch, ElasticDenoiser, extract, importance_order, reorder
 from workers.files import replacing
-from workers.generate import Surroundings
 from workers.latency_table import LatencyTable, table_path
-from workers.mixture import MixtureDenoiser, any_width
-from workers.regional import RegionCompiler
 from workers.samples import Samples, open_samples
 from workers.session import Session
-from workers.training import fit, sandwich
+from workers.training import WHOLE, fit, sandwich
+from workers.trials import SearchTrial
 
 
 def build_images(session: Session, item: ImageTask) -> dict[str, Any]:
@@ -144,6 +139,7 @@ def cut_timesteps(
     gram: str,
     experts: int | str | Sequence[int],
     *,
+    method: str,
     min_timesteps: int,
     penalty: float,
     max_experts: int,
@@ -151,7 +147,10 @@ def cut_timesteps(
     seed: int,
     scheduler_config: dict[str, Any],
 ) -> dict[str, Any]:
-    """The partition, its evidence and the naive baselines, as JSON. Takes milliseconds, so the driver calls it itself."""
+    """The partition, its evidence and the naive baselines, as JSON; ``method``: learned, or the name of a baseline.
+
+    Takes milliseconds, so the driver calls it itself.
+    """
     cells = len(matrix.timesteps)
     min_length = min(cells, max(1, round(min_timesteps * cells / matrix.num_timesteps)))
     chosen = partition.cut(matrix, experts, min_length=min_length, penalty=penalty, max_experts=max_experts)
@@ -161,12 +160,14 @@ def cut_timesteps(
         "uniform in t": partition.uniform_in_t(matrix.num_timesteps, len(chosen)),
         "uniform in log-SNR": partition.uniform_in_log_snr(log_snr, len(chosen)),
     }
+    chosen = baselines.get(method, chosen)
     costs = partition.interval_costs(np.asarray(matrix.values))
     return {
         "partition": chosen.to_json(),
         "boundary_frequency": partition.boundary_frequency(
             replicates, matrix, chosen, 1 if not isinstance(experts, (int, str)) else min_length
         ),
+        "min_length": min_length,
         "cost": partition.partition_cost(chosen, matrix),
         "curve": {str(k): value for k, value in partition.cost_curve(costs, min_length, max_experts).items()},
         "baselines": {name: {"partition": p.to_json(), "cost": partition.partition_cost(p, matrix)} for name, p in baselines.items()},
@@ -186,7 +187,7 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
         elastic = load_elastic(item.source, item.model, item)
         small = extract(elastic.model, elastic.branches, item.spec).requires_grad_(True)
         about = {"spec": item.spec.to_json()}
-        return fit(session, ElasticDenoiser(small, ()), teacher, names, schedule, item, lambda step: (None,), about)
+        return fit(session, ElasticDenoiser(small, ()), teacher, names, schedule, item, WHOLE, about)
 
     model = families.load_denoiser(item.model)
     branches = family.sites(model, item.elastic)
@@ -197,7 +198,7 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
         orders = session.agree(orders)
         reorder(model, branches, orders)
     elastic = ElasticDenoiser(model, branches)  # in eval mode: distillation wants no dropout
-    networks = sandwich(elastic.space, item.random_networks, item.seed)
+    networks = sandwich(elastic.space, item.random_networks, item.seed, item.network_pool)
     return fit(session, elastic, teacher, names, schedule, item, networks, {"orders": orders})
 
 
@@ -238,6 +239,12 @@ def load_elastic(path: str, model_path: str, item: ExpertTask | RouteTask) -> El
 
 
 @functools.lru_cache(maxsize=1)
+def _known_losses(item: RouteTask) -> dict[tuple[int, ArchitectureSpec], float]:
+    """Search losses of sub-networks, shared by all trials of a worker process: a budget need not run what another has run."""
+    return {}
+
+
+@functools.lru_cache(maxsize=1)
 def _calibration(item: RouteTask) -> tuple[list[ElasticDenoiser], list[routers.CalibrationBatch], list[routers.CalibrationBatch]]:
     """Elastic experts and calibration batches, loaded once per worker process however many trials it runs."""
     schedule = NoiseSchedule(families.load_scheduler_config(item.model))
@@ -245,6 +252,8 @@ def _calibration(item: RouteTask) -> tuple[list[ElasticDenoiser], list[routers.C
     images, conditioner = open_samples(item.images), conditioning.load(item.model, item.device)
     experts = [load_elastic(expert.path, item.model, item).to(item.device) for expert in item.experts]
     half = len(item.rows) // 2
+    std = float(images.clean(item.rows, item.device).std())
+    weights = torch.tensor(schedule.error_weights(std), dtype=torch.float32, device=item.device)
 
     def batch(interval: Interval, rows: Sequence[int], name: str) -> routers.CalibrationBatch:
         gen = generator(item.device, item.seed, "calibration", name, interval.start)
@@ -255,149 +264,82 @@ def _calibration(item: RouteTask) -> tuple[list[ElasticDenoiser], list[routers.C
         noisy = schedule.noised(clean, noise, t)
         with torch.no_grad():
             told = conditioner(_labels(images, conditioner, rows, item.device))
-            return routers.CalibrationBatch(noisy, t, schedule.target(clean, noise, t), teacher(noisy, t, **told).sample, told)
+        taught = routers.predict(teacher, noisy, t, told)
+        return routers.CalibrationBatch(noisy, t, schedule.target(clean, noise, t), taught, told, item.mixed_precision, 1 / weights[t])
 
     search = [batch(interval, item.rows[:half], "search") for interval in item.partition.intervals]
     score = [batch(interval, item.rows[half:], "score") for interval in item.partition.intervals]
-    return experts, search, score
+    lengths = torch.tensor([interval.length for interval in item.partition.intervals], device=item.device)
+    dense = (torch.stack([part.dense_error for part in score]) * lengths).sum() / lengths.sum()
+    return experts, [part.relative_to(dense) for part in search], [part.relative_to(dense) for part in score]
 
 
 def _shared(item: RouteTask) -> RouteTask:
-    """The part of a trial that all trials share: the key of the per-process cache."""
-    return replace(item, agent="", search_seed=0, sensitivity=(), budget=replace(item.budget, ratio=1.0))
+    """The part of a trial that all trials share, whatever their budget and sampler: the key of the per-process cache."""
+    budget = Budget("macs", 1.0, "ddim", 1)
+    return replace(item, agent="", search_seed=0, sensitivity=(), budget=budget, latency=None, stage="route")
 
 
 def expert_sensitivity(session: Session, item: tuple[RouteTask, int, str]) -> str:
     """Write expert k's sensitivity table (site -> choice -> loss rise) as JSON."""
     task, k, out = item
     unit, started = f"sensitivity {task.experts[k].interval.name}", time.time()
-    session.report(Progress("route", unit, 0, 1))
+    session.report(Progress(task.stage, unit, 0, 1))
     experts, search, _ = _calibration(_shared(task))
-    table = routers.measure_sensitivity(experts[k], search[k])
-    session.report(Progress("route", unit, 1, 1, seconds=time.time() - started))
+    table = sensitivity.measure_sensitivity(experts[k], search[k])
+    session.report(Progress(task.stage, unit, 1, 1, seconds=time.time() - started))
     with replacing(Path(out)) as path:
         path.write_text(json.dumps(table))
     return out
 
 
-def search_plan(session: Session, item: RouteTask) -> MixturePlan:
-    """One trial: one agent searches one budget with one seed. Raises: BudgetUnreachable."""
-    unit, started = f"{item.budget.name} {item.agent} seed {item.search_seed}", time.perf_counter()
-    session.report(Progress("route", unit, 0, 1))
+def search_plan(session: Session, item: RouteTask) -> SearchTrial:
+    """One trial: one agent searches one budget with one seed, and tells the session how it goes. Raises: BudgetUnreachable."""
+    budget, started = item.budget, time.perf_counter()
+    unit = f"{budget.name} {budget.scheduler}-{budget.steps} {item.agent} seed {item.search_seed}"
+    session.report(Progress(item.stage, unit, 0, 1))
+    problem = _problem(item)
+    loads, worker = _calibration.cache_info().misses, f"{socket.gethostname()}:{os.getpid()}"
+    rng = random.Random(derive_seed(item.seed, item.search_seed, item.agent, budget.name))
+    uniform = routers.agent("uniform").search(problem, item.settings, rng)
+    uniform_loss = problem.loss(uniform)
+
+    def trial(plan: MixturePlan | None, best: float, part: float) -> SearchTrial:
+        return SearchTrial(plan, best / max(uniform_loss, 1e-12), part, time.perf_counter() - started, worker, loads)
+
+    told = 0
+
+    def on_report(done: int, total: int, best: float) -> None:
+        nonlocal told
+        if done * 10 // total > told:  # every tenth: whoever listens may take its time
+            told = done * 10 // total
+            session.report(Progress(item.stage, unit, done, total, best, seconds=time.perf_counter() - started))
+            session.report_search(trial(None, best, done / total))
+
+    problem.report = on_report
+    specs = routers.agent(item.agent).search(problem, item.settings, rng)
+    # an expert that this sampler never calls costs and teaches nothing: it gets the uniform architecture, in case another sampler does
+    specs = routers.check_plan(problem, tuple(s if share else u for s, u, share in zip(specs, uniform, problem.shares, strict=True)))
+    costs = tuple(problem.table.cost(spec) for spec in specs)
+    seconds, loss = time.perf_counter() - started, problem.score(specs)
+    session.report(Progress(item.stage, unit, 1, 1, loss, seconds=seconds))
+    shares, dense = tuple(problem.shares), problem.table.dense
+    gain, error = problem.compare(uniform, specs)
+    why = sensitivity.reasons(problem, specs)
+    plan = MixturePlan(budget, item.agent, item.search_seed, item.partition, specs, shares, costs, dense, loss, seconds, gain, error, why)
+    return trial(plan, problem.loss(specs), 1.0)
+
+
+def _problem(item: RouteTask) -> routers.RouteProblem:
+    """What an agent is asked: the loaded experts, what each choice costs, and how many of the sampler's steps each expert serves."""
     experts, search, score = _calibration(_shared(item))
     table = cost_table(families.load_config(item.model), item.elastic)
     if item.latency is not None:
         table = table.with_latency(LatencyTable.load(Path(item.latency)))
     timesteps = sampler_timesteps(item.budget.scheduler, families.load_scheduler_config(item.model), item.budget.steps)
-    served = steps_per_expert(item.partition, timesteps)
-    shares = tuple(count / len(timesteps) for count in served)
+    shares = tuple(count / len(timesteps) for count in steps_per_expert(item.partition, timesteps))
     tables = [
         {s: {int(c): v for c, v in row.items()} for s, row in json.loads(Path(path).read_text()).items()} for path in item.sensitivity
     ]
-    problem = routers.RouteProblem(experts, table, shares, item.budget.ratio, search, score, tables, item.budget.metric)
-    rng = random.Random(derive_seed(item.seed, item.search_seed, item.agent, item.budget.name))
-    specs = routers.agent(item.agent).search(problem, item.settings, rng)
-    # an expert that this sampler never calls costs and teaches nothing: it gets the uniform architecture, in case another sampler does
-    uniform = routers.agent("uniform").search(problem, item.settings, rng)
-    specs = routers.check_plan(problem, tuple(s if share else u for s, u, share in zip(specs, uniform, shares, strict=True)))
-    costs = tuple(table.cost(spec) for spec in specs)
-    seconds, loss = time.perf_counter() - started, problem.score(specs)
-    session.report(Progress("route", unit, 1, 1, loss, seconds=seconds))
-    return MixturePlan(item.budget, item.agent, item.search_seed, item.partition, specs, shares, costs, table.dense, loss, seconds)
-
-
-# --- evaluation and publishing --------------------------------------------------------------------------------------
-
-
-def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
-    """The denoiser a reference points to: dense, a mixture of fine-tuned experts, or a mixture cut from the pretrained weights."""
-    if ref.plan is None:
-        return families.load_denoiser(model_path)
-    config = families.load_config(model_path)
-    with torch.device("meta"):
-        mixture: Any = MixtureDenoiser.of(config, ref.plan.partition.boundaries, ref.plan.experts, ref.unit)
-    if not ref.cut_only:
-        for expert, saved in zip(mixture.experts, ref.experts, strict=True):
-            expert.load_state_dict(checkpoint.read(saved.path, prefix="ema.")[0], assign=True)
-        return mixture.eval()
-    experts = []
-    for spec, saved in zip(ref.plan.experts, ref.experts, strict=True):
-        dense = families.load_denoiser(model_path)
-        branches = families.family_of_config(config).sites(dense, any_width(ref.unit))
-        reorder(dense, branches, checkpoint.read(saved.path, prefix="no tensor")[1]["orders"])
-        experts.append(extract(dense, branches, spec))
-    mixture.experts = nn.ModuleList(experts)
-    return mixture.eval()
-
-
-def rewritten(model: Any, names: Sequence[str]) -> Any:
-    """The denoiser, a mixture or dense, with the exact rewrites that exporting applies: dense is timed with them too, to be fair."""
-    return model.rewrite(names) if isinstance(model, MixtureDenoiser) else rewrites.apply(model, names)
-
-
-@torch.no_grad()
-def evaluate_shard(session: Session, item: EvaluateTask) -> str:
-    """Samples from fixed noise and held-out denoising losses of one denoiser on one shard, as ``item.out`` (npz)."""
-    model = load_reference(item.denoiser, item.model).to(session.device)
-    schedule = NoiseSchedule(families.load_scheduler_config(item.model))
-    images, around = open_samples(item.images), Surroundings.load(item.model, session.device)
-    started, losses = time.time(), []
-    session.report(Progress("publish", item.denoiser.label, 0, 1))
-    for start in range(0, len(item.rows), item.batch_size):
-        rows = item.rows[start : start + item.batch_size]
-        seeds = [derive_seed(item.seed, row) for row in rows]
-        told = around.conditioner(_labels(images, around.conditioner, rows, session.device))
-        losses.append(evaluate.denoising_losses(model, schedule, images.clean(rows, session.device), told, seeds, item.timesteps))
-    samples, seconds = around.draw(
-        model, item.scheduler, item.steps, item.noise_seeds, images.shape, item.batch_size, guidance_scale=item.guidance_scale, eta=item.eta
-    )
-    session.report(Progress("publish", item.denoiser.label, 1, 1, seconds=time.time() - started))
-    with replacing(Path(item.out)) as path:
-        np.savez(path, losses=np.concatenate(losses), samples=samples, seconds=np.array(seconds))
-    return item.out
-
-
-def summarise(session: Session, item: tuple[tuple[EvaluateTask, ...], str]) -> dict[str, dict[str, Any]]:
-    """Metrics of every denoiser from its shards; all samples together go to ``out`` (npz, one array per label, float32 [n, C, H, W])."""
-    items, out = item
-    shards: dict[str, list[Any]] = {}
-    for task in items:
-        shards.setdefault(task.denoiser.label, []).append(np.load(task.out))
-    samples = {label: np.concatenate([shard["samples"] for shard in parts]) for label, parts in shards.items()}
-    arrays: dict[str, Any] = dict(samples)
-    losses = {label: np.concatenate([shard["losses"] for shard in parts]) for label, parts in shards.items()}
-    metrics: dict[str, dict[str, Any]] = {}
-    compiler = RegionCompiler()
-    for label, task in {task.denoiser.label: task for task in items}.items():
-        metrics[label] = {
-            "denoising_loss": float(losses[label].mean()),
-            "denoising_loss_by_timestep": [float(v) for v in losses[label].mean(0)],
-            "timesteps": list(task.timesteps),
-            **evaluate.paired_metrics(samples[label], samples["dense"]),
-            **evaluate.cost_per_step(
-                rewritten(load_reference(task.denoiser, task.model), task.timing.rewrites), task, session.device, compiler=compiler
-            ),
-        }
-    with replacing(Path(out)) as path:
-        np.savez(path, **arrays)
-    return metrics
-
-
-def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, str, tuple[str, ...], str]) -> str:
-    """Write a published version's files: the mixture (config and weights, float32, rewritten exactly as asked), its sampler, and what
-    of the base model stands around it: first stage and class embedder.
-
-    Raises: RunFailed if the weights cannot be written.
-    """
-    ref, model_path, scheduler, rewrites, out = item
-    mixture: Any = load_reference(ref, model_path)
-    mixture.rewrite(rewrites)
-    try:
-        mixture.save_pretrained(out, safe_serialization=True)
-        for part in (first_stage.locate(model_path), Path(model_path) / conditioning.EMBEDDER):
-            if part is not None and part.is_dir():
-                shutil.copytree(part, Path(out) / part.name, dirs_exist_ok=True)
-    except SafetensorError as error:  # a full disk, which safetensors does not report as OSError
-        raise RunFailed(f"the mixture cannot be written to {out}: {error}: the same command again continues") from error
-    make_sampler(scheduler, families.load_scheduler_config(model_path)).save_pretrained(Path(out) / "scheduler")
-    return out
+    known = _known_losses(_shared(item))
+    return routers.RouteProblem(experts, table, shares, item.budget.ratio, search, score, tables, item.budget.metric, known)

@@ -94,7 +94,8 @@ def test_a_value_of_the_wrong_type_is_refused(override, told):
         ("sampler.guidance_scale=-1", "sampler.guidance_scale is -1: must be greater than or equal to 0"),
         ("budgets=[]", "budgets is []: "),
         ("partition.experts=0", "partition.experts is 0: "),
-        ("specialize.steps=0", "specialize.steps is 0: must be greater than or equal to 1"),
+        ("specialize.steps=-1", "specialize.steps is -1: must be greater than or equal to 0"),
+        ("finetune.steps=0", "finetune.steps is 0: must be greater than or equal to 1"),
         ("specialize.ema_decay=1", "specialize.ema_decay is 1: must be less than 1"),
         ("finetune.outside_fraction=1.01", "finetune.outside_fraction is 1.01: must be less than or equal to 1"),
         ("finetune.learning_rate=0", "finetune.learning_rate is 0: must be greater than 0"),
@@ -139,7 +140,7 @@ def test_every_mistake_is_told_at_once(write):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("router.agents=[era, ear]", "router.agents 'ear' is unknown: known are era, greedy, uniform"),
+        ("router.agents=[era, ear]", "router.agents 'ear' is unknown: known are era, evolution, greedy, knapsack, stitch, uniform"),
         ("similarity.measure=psnr", "similarity.measure 'psnr' is unknown: known are gradient, snr"),
         ("model.family=vae", "model.family 'vae' is unknown: known are unet2d"),
         ("similarity.measure=__init__", "similarity.measure '__init__' is unknown"),

@@ -58,7 +58,7 @@ def plan(budget: Budget, agent: str, partition: Partition, loss: float, choice: 
 def metrics(loss: float, mse: float | None, time: float) -> dict[str, Any]:
     by_timestep = {"timesteps": [100, 500, 900], "denoising_loss_by_timestep": [2 * loss, loss / 2, loss / 2]}
     paired = {"paired_mse": mse or 0.0, "paired_psnr_db": 6.02 - 10 * np.log10(mse) if mse else None, "paired_ssim": 0.9 if mse else 1.0}
-    return {"denoising_loss": loss, "ms_per_step": time, **by_timestep, **paired}
+    return {"denoising_loss": loss, "ms_per_step": time, "calls": 20, "relative_time": time / 40, **by_timestep, **paired}
 
 
 def finished_run(
@@ -145,14 +145,16 @@ def finished_run(
         "specialize": {"experts": [expert(i.name, i, 1000.0 + 20 * k).to_json() for k, i in enumerate(partition.intervals)]},
         "route": {"chosen": {name: p.to_json() for name, p in chosen.items()}, "trials": [p.to_json() for p in trials]},
         "finetune": {"experts": tuned},
-        "publish": {"metrics": measured, "published": published},
+        "publish": {"metrics": measured, "rows": {label: f"evaluation/{label}.json" for label in measured}, "published": published},
     }
     for stage, result in results.items():
         fingerprint = pipeline.fingerprints[stage]
         store.stage_folder(stage, fingerprint).mkdir(parents=True)
         if stage != skip:
             store.finish(stage, fingerprint, result, 1000.0, 30.0)
-    np.savez(store.stage_folder("publish", pipeline.fingerprints["publish"]) / "samples.npz", **arrays)  # type: ignore[arg-type]
+    (store.folder / "evaluation").mkdir()
+    for label, drawn in arrays.items():
+        np.savez(store.folder / "evaluation" / f"{label}.npz", samples=drawn)
     return prepared
 
 
@@ -172,7 +174,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, str]:
 def test_page_lies_in_the_run_folder_with_every_figure_beside_it(built: tuple[Prepared, str]) -> None:
     folder = built[0].store.folder
     assert (folder / "report.html").is_file()
-    names = {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto"}
+    names = {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto", "timesteps"}
     assert {path.stem for path in (folder / "figures").iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "figures").iterdir())
     assert not list(folder.glob("**/*.tmp"))
@@ -181,7 +183,7 @@ def test_page_lies_in_the_run_folder_with_every_figure_beside_it(built: tuple[Pr
 def test_page_needs_nothing_else(built: tuple[Prepared, str]) -> None:
     page = built[1]
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)', page)
-    assert len(sources) == 7
+    assert len(sources) == 8
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://|<script|<link|url\(|@import", page)
 
@@ -228,7 +230,7 @@ def test_one_budget_one_expert_one_large_grey_sample_still_make_a_page(tmp_path:
     prepared = finished_run(tmp_path, budgets=(1.0,), boundaries=(), samples=1, size=300, errors=(0.0, 0.0))
     e = evidence.gather(prepared)
     e = replace(e, measured=tuple(replace(m, samples=m.samples[:, :1]) for m in e.measured), specialized=())
-    assert set(report.draw(e)) == {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto"}
+    assert set(report.draw(e)) == {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto", "timesteps"}
     assert remarks.verdict(e).startswith("A mixture of 1 expert at 100%")
 
 

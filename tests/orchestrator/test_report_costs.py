@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from orchestrator import evidence, figures, remarks, report, words
+from orchestrator import evidence, figures, figures_quality, remarks, report, words
 from tests.orchestrator.test_report import SITES, finished_run, said
-from workers.contracts import Budget
+from workers.contracts import Budget, InputError
 from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation
 
 MIXED = {"budgets": (0.65, 0.5), "metrics_of": ("macs", "latency")}
@@ -46,7 +46,7 @@ def test_budgets_of_both_metrics_and_the_same_ratio_are_told_apart(tmp_path: Pat
     assert remarks.verdict(e).startswith("Two mixtures of 2 experts at 50% of the dense model's MACs and 50% of its time.")
     assert list(report.key_rows(e, report.cost_columns(e))) == ["", "50% of dense MACs", "50% of dense time"]
     assert {"50% mixture", "50% time mixture"} <= set(evidence.curves(e)[0])
-    assert set(report.draw(e)) == {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto"}
+    assert set(report.draw(e)) == {"samples", "similarity", "architecture", "cost", "training", "timeline", "pareto", "timesteps"}
 
 
 def test_predicted_time_stands_beside_the_measured_one(tmp_path: Path) -> None:
@@ -122,6 +122,63 @@ def test_memory_and_the_counts_of_the_exported_models_are_shown_where_they_were_
     assert columns["memory", "peak, MiB"].text(1) == "101"
     assert columns["GMACs", "exported"].text(1) == "0.400"
     assert columns["parameters", "exported, M"].text(1) == "7.00"
+
+
+# --- the dense model with fewer steps, and distances --------------------------------------------------------------------
+
+
+def with_fewer_steps(folder: Path, distances: dict[str, float]) -> evidence.Evidence:
+    """A run whose dense model was measured at 5 of 20 steps too; ``distances``: of every row, by its name."""
+    e = evidence.gather(finished_run(folder, budgets=(0.5,)))
+    fewer = replace(e.dense, sampler="ddim:5", metrics={**e.dense.metrics, "calls": 5, "relative_time": 0.25, "paired_mse": 0.001})
+    rows = [e.dense, fewer, *e.measured[1:]]
+    return replace(e, measured=tuple(replace(m, metrics={**m.metrics, "frechet": distances.get(m.name), "kid": None}) for m in rows))
+
+
+def test_dense_with_fewer_steps_stands_under_dense_and_repeats_none_of_its_losses(tmp_path: Path) -> None:
+    e = with_fewer_steps(tmp_path, {})
+    rows = report.key_rows(e, report.quality_columns(e))
+    assert [name for name, _ in rows[""]] == ["dense", "dense ddim:5"]
+    told = dict(zip([column.title for column in report.quality_columns(e)], [text for text, _ in rows[""][1][1]], strict=True))
+    assert told["loss"] == ""
+    assert float(told["MSE"]) == 0.001
+    times = next(column for column in report.cost_columns(e) if column.unit == "all steps")
+    assert [times.text(row) for row in range(3)] == ["100%", "25%", "50%"]
+    assert not any(best for _, cells in rows[""] for _, best in cells), "best of its budget, and dense has none"
+
+
+def test_a_mixture_that_fewer_steps_beat_is_warned_of(tmp_path: Path) -> None:
+    better = with_fewer_steps(tmp_path / "a", {"dense": 1.5, "dense ddim:5": 9.0, "50% mixture": 2.0})
+    assert (better.quality, better.macs_ratio(better.measured[1])) == ("frechet", 0.25)
+    beats = "At 50%, the mixture beats dense with fewer steps (ddim:5): Frechet distance 2.00 in 50% of the time, against 9.00 in 25%."
+    assert beats in [remark.text for remark in remarks.remarks(better) if remark.level == "good"]
+    worse = with_fewer_steps(tmp_path / "b", {"dense": 1.5, "dense ddim:5": 1.9, "50% mixture": 2.0})
+    is_better = (
+        "At 50%, dense with fewer steps (ddim:5) is better and no slower: Frechet distance 2.00 in 50% of the time, against 1.90 in 25%."
+    )
+    assert is_better in [remark.text for remark in remarks.remarks(worse) if remark.level == "warning"]
+    paired = with_fewer_steps(tmp_path / "c", {})
+    assert any("MSE to dense" in remark.text and "fewer steps (ddim:5) is better" in remark.text for remark in remarks.remarks(paired))
+
+
+def test_distances_are_columns_where_they_were_measured_and_decide_the_picture(tmp_path: Path) -> None:
+    e = with_fewer_steps(tmp_path, {"dense": 1.5, "dense ddim:5": 9.0, "50% mixture": 2.25, "50% uniform": 3.0})
+    columns = {column.title: column for column in report.quality_columns(e)}
+    assert [columns["FD"].text(row) for row in range(4)] == ["1.50", "9.00", "2.25", "3.00"]
+    assert "KID" not in columns
+    assert "FD" not in {column.title for column in report.quality_columns(with_fewer_steps(tmp_path / "none", {}))}
+    assert figures_quality.pareto(e) != figures_quality.pareto(with_fewer_steps(tmp_path / "mse", {}))
+
+
+def test_rows_of_two_protocols_make_no_report(tmp_path: Path) -> None:
+    prepared = finished_run(tmp_path, budgets=(0.5,))
+    [done] = prepared.store.folder.glob("publish-*/done.json")
+    record = json.loads(done.read_text())
+    for label, protocol in (("dense", "aaa"), ("macs-0.50", "bbb")):
+        record["result"]["metrics"][label]["protocol"] = {"id": protocol, "images": len(label)}
+    done.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"protocols aaa and bbb, which differ in images 5 and 9: measure both under one"):
+        evidence.gather(prepared)
 
 
 def test_several_budgets_make_one_sentence() -> None:

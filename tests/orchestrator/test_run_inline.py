@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -35,7 +36,7 @@ similarity: {{timesteps: 6, images: 4, batch_size: 2, bootstrap: 5}}
 partition: {{experts: 2}}
 elastic: {{width_multiple: 32}}
 specialize: {{steps: 2, batch_size: 2, random_networks: 0, importance_images: 2}}
-router: {{images: 4, era_steps: 2, era_batch: 2}}
+router: {{images: 4, era_steps: 2, era_batch: 2, trials: 4}}
 budgets: [{{ratio: 0.5}}]
 sampler: {{steps: 4}}
 finetune: {{steps: 2, batch_size: 2}}
@@ -282,6 +283,36 @@ def test_sample_refuses_what_cannot_be_sampled(run, tmp_path, arguments, told):
     assert not (tmp_path / "x.png").exists()
 
 
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def evaluated(run: Run, *more: object) -> dict[str, Any]:
+    done = diffpruning("evaluate", run.folder / "job.yaml", "--inline", "--json", *more)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)["rows"]
+
+
+def test_evaluate_shows_what_publish_measured_and_measures_none_of_it_again(run):
+    before = tree(run.run / "evaluation", run.registry)
+    rows = evaluated(run)
+    assert rows == run.done("publish")["result"]["metrics"]
+    assert {label: rows[label] for label in run.manifest["metrics"]} == run.manifest["metrics"]
+    assert before.items() <= tree(run.run / "evaluation", run.registry).items()
+
+
+def test_a_published_version_scores_as_the_mixture_it_was_made_from(run, tmp_path):
+    pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    torch.jit.trace(pooled, torch.zeros(2, 3, 32, 32)).save(tmp_path / "pooled.pt")
+    distances = {"frechet_samples": 4, "extractor": "torchscript", "extractor_weights": tmp_path / "pooled.pt", "dense": "[ddim:2]"}
+    changes = [word for key, value in distances.items() for word in ("--set", f"evaluate.{key}={value}")]
+    rows = evaluated(run, *changes, "--only", "macs-0.50", "--only", "small:1", "--only", "dense ddim:2", "--version", "small")
+    assert list(rows) == ["dense", "dense ddim:2", "macs-0.50", "small:1"]
+    for key in ("paired_mse", "denoising_loss", "frechet", "kid", "gmacs_per_step"):
+        assert rows["small:1"][key] == pytest.approx(rows["macs-0.50"][key], rel=1e-5)
+    assert rows["dense ddim:2"]["relative_time"] == 0.5
+    assert len({row["protocol"]["id"] for row in rows.values()}) == 1
+
+
 # --- the same command again -------------------------------------------------------------------------------------------
 
 
@@ -325,6 +356,7 @@ def test_a_disk_that_is_full_when_publishing_leaves_the_registry_whole_and_the_s
     assert full.stderr.splitlines()[-1].startswith("error: the mixture cannot be written to ")
     assert [line for line in full.stderr.splitlines() if line.startswith(("error:", "Traceback"))] == full.stderr.splitlines()[-1:]
     assert tree(run.registry) == registry
+    assert (run.run / "evaluation.aside1").is_dir(), "a stage that is redone measures again"
     done = run.again()
     assert done.exit_code == 0, done.output
     assert stage_lines(done.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]

@@ -19,7 +19,10 @@ SPEC = ArchitectureSpec({"mid_block.attentions.0": 0, "down_blocks.0.resnets.0":
 SITE = ElasticSite("down_blocks.0.resnets.0", (0, 2, 4), "group")
 COST = Cost(10, 20, 3, 0.5)
 BUDGET = contracts.Budget("macs", 0.5, "ddim", 20)
-PLAN = contracts.MixturePlan(BUDGET, "era", 7, PARTITION, (SPEC,) * 3, (0.25, 0.5, 0.25), (COST,) * 3, Cost(40, 50), 1.25, 3.0)
+REASON = contracts.SiteReason("mid", 4, 8, 0.25, 0.04)
+PLAN = contracts.MixturePlan(
+    BUDGET, "era", 7, PARTITION, (SPEC,) * 3, (0.25, 0.5, 0.25), (COST,) * 3, Cost(40, 50), 1.25, 3.0, 0.5, 0.1, ((REASON,),) * 3
+)
 EXPERT = contracts.ExpertCheckpoint(Interval(0, 300), "somewhere/step_0000010", 10, 0.5, 1.0, 2.0)
 ELASTIC = contracts.ElasticSettings(8, True, "taylor")
 TRAIN = contracts.TrainSettings(10, 4, 1e-4, 2, 0.0, 0.99, 1.0, "no", 5, 0.2, 1.0, 1.0, 0.1)
@@ -52,6 +55,7 @@ EXAMPLES: list[Record] = [
         *("model", "cache", (0,), (1, 2), PARTITION, "ddim", 5, 2, (100, 500), 0, "cpu", "out.npz"),
         contracts.Timing(2, "float32", False),
     ),
+    REASON,
     PROVENANCE,
     contracts.MixtureManifest("emoji", "unet2d", PLAN, {"fid": 3.5, "rows": [1, None]}, {"job": {}}, PROVENANCE, {"config.json": "c" * 64}),
     contracts.Progress("specialize", "t0000-0300", 5, 10, 0.5, None, 3.0, 0, "resumed"),

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
 
-from workers import data, evaluate, families, rewrites, tasks
-from workers.contracts import REWRITES, DenoiserRef, EvaluateTask, ImageTask, InputError, Partition, Timing
+from workers import data, evaluate, families, rewrites, tasks_evaluate
+from workers.contracts import (
+    REWRITES,
+    DenoiserRef,
+    EvaluateTask,
+    ExtractorRef,
+    ImageTask,
+    InputError,
+    Partition,
+    Protocol,
+    SamplerRef,
+    Timing,
+)
 from workers.cost import cost_table
 from workers.diffusion import NoiseSchedule
-from workers.mixture import any_width
+from workers.elastic import ElasticDenoiser
+from workers.frechet import Statistics, frechet_distance
+from workers.generate import SamplingDenoiser, Surroundings
+from workers.mixture import MixtureDenoiser, any_width
 from workers.regional import RegionCompiler
+from workers.rows import RowTask
 from workers.session import Session
+from workers.tasks_evaluate import evaluate_shard, summarise
+
+PROTOCOL = Protocol((3, 32, 32), 0, 1.0, "float32")
+
+
+class Pooled(torch.nn.Module):
+    """Twelve features: means of quarters of every channel."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
 
 @pytest.fixture(scope="module")
@@ -41,27 +70,173 @@ def task(emoji, emoji_images, tmp_path_factory) -> EvaluateTask:
 
 
 @pytest.fixture(scope="module")
-def whole(task):
-    return dict(np.load(tasks.evaluate_shard(Session(), task)))
+def extractor(tmp_path_factory) -> ExtractorRef:
+    path = tmp_path_factory.mktemp("extractor") / "pooled.pt"
+    torch.jit.script(Pooled()).save(path)
+    return ExtractorRef("torchscript", str(path))
 
 
-def test_batch_size_changes_no_score(task, whole, tmp_path):
-    small = dict(np.load(tasks.evaluate_shard(Session(), dataclasses.replace(task, batch_size=3, out=str(tmp_path / "small.npz")))))
+@pytest.fixture(scope="module")
+def with_features(task, extractor) -> EvaluateTask:
+    return dataclasses.replace(task, frechet_seeds=tuple(range(100, 112)), extractor=extractor, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def whole(with_features, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("whole") / "whole.npz")
+    return dict(np.load(evaluate_shard(Session(), dataclasses.replace(with_features, out=out))))
+
+
+def test_batch_size_changes_no_score(with_features, whole, tmp_path):
+    small = dict(np.load(evaluate_shard(Session(), dataclasses.replace(with_features, batch_size=3, out=str(tmp_path / "small.npz")))))
     np.testing.assert_allclose(small["losses"], whole["losses"], rtol=1e-5)
     np.testing.assert_allclose(small["samples"], whole["samples"], atol=1e-5)
+    np.testing.assert_allclose(small["features"], whole["features"], atol=1e-4)  # a pixel may fall on the other side of a rounding
+    one, other = Statistics.of(small["features"]), Statistics.of(whole["features"])
+    assert frechet_distance(one, other) == pytest.approx(0, abs=1e-6)
 
 
-def test_four_shards_equal_one(task, whole, tmp_path):
-    shards = [
-        dataclasses.replace(task, rows=task.rows[i : i + 2], noise_seeds=task.noise_seeds[i : i + 2], out=str(tmp_path / f"{i}.npz"))
-        for i in range(0, 8, 2)
-    ]
+def row(shards: tuple[EvaluateTask, ...], out: Path, **more) -> dict:
     for shard in shards:
-        tasks.evaluate_shard(Session(), shard)
-    one = tasks.summarise(Session(), ((task,), str(tmp_path / "one.npz")))["dense"]
-    four = tasks.summarise(Session(), (tuple(shards), str(tmp_path / "four.npz")))["dense"]
+        evaluate_shard(Session(), shard)
+    summarise(Session(), (RowTask(shards, PROTOCOL, str(out), **more),))
+    return json.loads(out.read_text())
+
+
+def test_four_shards_equal_one(with_features, tmp_path):
+    """Rows, samples and seeds of features are shared out; those of features in whole batches, of which there are three."""
+    Statistics.of(np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)).save(tmp_path / "reference.npz")
+    shards = [
+        dataclasses.replace(
+            with_features,
+            rows=with_features.rows[2 * i : 2 * i + 2],
+            noise_seeds=with_features.noise_seeds[2 * i : 2 * i + 2],
+            frechet_seeds=with_features.frechet_seeds[4 * i : 4 * i + 4],
+            out=str(tmp_path / f"four.{i}of4-4.npz"),
+        )
+        for i in range(4)
+    ]
+    reference = str(tmp_path / "reference.npz")
+    one = row((dataclasses.replace(with_features, out=str(tmp_path / "whole.npz")),), tmp_path / "one.json", reference=reference)
+    four = row(tuple(shards), tmp_path / "four.json", reference=reference)
     assert four["denoising_loss"] == pytest.approx(one["denoising_loss"], rel=1e-6)
-    np.testing.assert_allclose(np.load(tmp_path / "four.npz")["dense"], np.load(tmp_path / "one.npz")["dense"], atol=1e-5)
+    for key in ("frechet", "kid", "kid_std"):
+        assert four[key] == pytest.approx(one[key], rel=1e-12), "the same images are drawn together"
+    np.testing.assert_allclose(np.load(tmp_path / "four.npz")["samples"], np.load(tmp_path / "one.npz")["samples"], atol=1e-5)
+    assert not list(tmp_path.glob("four.?of4-4.npz")), "shards are of no use once the row is there"
+
+
+def test_a_row_of_the_dense_model_under_another_sampler_costs_no_second_measurement(task, tmp_path, monkeypatch):
+    dense = row((dataclasses.replace(task, out=str(tmp_path / "s.npz")),), tmp_path / "dense.json")
+    monkeypatch.setattr(evaluate, "cost_per_step", lambda *_, **__: pytest.fail("measured again"))
+    fewer = dataclasses.replace(task, denoiser=DenoiserRef("dense ddim:2"), steps=2, rows=(), out=str(tmp_path / "t.npz"))
+    found = row((fewer,), tmp_path / "fewer.json", dense=str(tmp_path / "dense.json"), same_network=True)
+    for key in ("ms_per_step", "gmacs_per_step", "denoising_loss", "timesteps"):
+        assert found[key] == dense[key]
+    assert dense["paired_mse"] == 0 < found["paired_mse"]
+    assert [r["sampler"]["steps"] for r in (dense, found)] == [r["calls"] for r in (dense, found)] == [3, 2]
+    assert found["protocol"] == dense["protocol"]
+    assert found["images_per_s"] == pytest.approx(1e3 / found["ms_per_image"])
+
+
+def test_rows_that_are_there_are_not_made_again(task, tmp_path):
+    item = RowTask((dataclasses.replace(task, out="nowhere"),), PROTOCOL, str(tmp_path / "row.json"))
+    (tmp_path / "row.json").write_text("{}")
+    assert summarise(Session(), (item,)) == [str(tmp_path / "row.json")]
+
+
+def test_samples_in_bfloat16_are_near_those_in_float32(task, tmp_path):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        shard = dataclasses.replace(task, dtype=dtype, rows=(), noise_seeds=(1, 2), out=str(tmp_path / f"{dtype}.npz"))
+        found[dtype] = np.load(evaluate_shard(Session(), shard))["samples"]
+    assert found["bfloat16"].dtype == np.float32
+    assert 0 < np.abs(found["bfloat16"] - found["float32"]).mean() < 0.02
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> EvaluateTask:
+    """The task of a tiny random model."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    DDPMPipeline(families.family("unet2d").tiny(), DDPMScheduler()).save_pretrained(folder / "model")
+    for i in range(2):
+        Image.fromarray(np.full((16, 16, 3), 100 * i, np.uint8)).save(folder / f"{i}.png")
+    data.build_cache(ImageTask(str(folder), 3, 16, False, "refuse", str(folder / "images.arrow")))
+    cuts, timing = Partition.from_boundaries([500], 1000), Timing(2, "float32", False)
+    one = EvaluateTask(
+        DenoiserRef("dense"),
+        str(folder / "model"),
+        str(folder / "images.arrow"),
+        (),
+        (1, 2, 3),
+        cuts,
+        "ddim",
+        3,
+        2,
+        (),
+        0,
+        "cpu",
+        "",
+        timing,
+    )
+    return dataclasses.replace(one, out=str(folder / "out.npz"))
+
+
+def test_compiled_samples_are_the_plain_ones_and_one_size_of_batch_is_compiled(tiny, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    compiler = RegionCompiler("eager")
+    monkeypatch.setattr(tasks_evaluate, "_compiler", lambda: compiler)
+    plain, compiled = (
+        np.load(evaluate_shard(Session(), dataclasses.replace(tiny, compiled=on, out=str(tmp_path / f"{on}.npz")))) for on in (False, True)
+    )
+    np.testing.assert_allclose(compiled["samples"], plain["samples"], atol=1e-4)
+    assert compiled["batches"][:, 0].tolist() == [2, 1]
+    assert compiler.compiled
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled for another size"))
+    evaluate_shard(Session(), dataclasses.replace(tiny, compiled=True, noise_seeds=(1,), out=str(tmp_path / "one.npz")))
+
+
+def test_a_mixture_samples_as_when_a_pipeline_calls_it(tiny):
+    config = families.load_config(tiny.model)
+    space = ElasticDenoiser(
+        dense := families.load_denoiser(tiny.model), families.family_of_config(config).sites(dense, any_width("group"))
+    ).space
+    torch.manual_seed(0)
+    mixture = MixtureDenoiser.of(config, [500], (space.narrowest, space.dense)).eval()
+    around, sampler = Surroundings.load(tiny.model, "cpu"), SamplerRef("ddim", 4, 0.0)
+    found = [
+        torch.cat([x for x, _ in around.draw(model, sampler, [1, 2], (3, 16, 16), 2)])
+        for model in (mixture, SamplingDenoiser(mixture, "cpu"))
+    ]
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+
+
+def test_what_fills_the_last_batch_up_is_thrown_away(task, emoji):
+    around, sampler = Surroundings.load(emoji, "cpu"), SamplerRef("ddim", 2, 0.0)
+    model = SamplingDenoiser(families.load_denoiser(emoji), "cpu")
+    drawn = {pad: [x for x, _ in around.draw(model, sampler, [1, 2, 3], (3, 32, 32), 2, pad=pad)] for pad in (False, True)}
+    assert [len(part) for part in drawn[True]] == [2, 1]
+    torch.testing.assert_close(torch.cat(drawn[True]), torch.cat(drawn[False]), atol=1e-5, rtol=0)
+
+
+def test_the_speed_leaves_out_the_batch_that_warms_up():
+    assert evaluate.speed(np.array([[4, 100.0], [4, 1.0], [2, 0.5]])) == {"images_per_s": 4.0, "ms_per_image": 250.0}
+    assert evaluate.speed(np.array([[4, 2.0]])) == {"images_per_s": 2.0, "ms_per_image": 500.0}
+
+
+def test_a_perceptual_distance_is_the_mean_over_pairs(tmp_path, monkeypatch):
+    (tmp_path / "perceptual.py").write_text(
+        "import torch\nclass Far(torch.nn.Module):\n    def forward(self, a, b): return (a - b).abs().amax((1, 2, 3), keepdim=True)\n"
+        "def odd(): return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    a, b = np.zeros((5, 1, 4, 4), np.float32), np.zeros((5, 1, 4, 4), np.float32)
+    a[2, 0, 1, 1] = 0.5
+    assert evaluate.lpips("perceptual:Far", a, b, "cpu", batch=2) == pytest.approx(0.1)
+    for spec, told in (("perceptual:odd", "gave a int"), ("perceptual:no", "cannot be imported"), ("perceptual", "cannot be imported")):
+        with pytest.raises(InputError, match=rf"evaluate\.lpips: {spec} {told}"):
+            evaluate.load_lpips(spec)
 
 
 def test_the_denoising_loss_is_that_of_the_ddpm_equation(emoji):

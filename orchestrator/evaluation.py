@@ -1,0 +1,297 @@
+"""How good is everything that a run made? One table, a row per denoiser and sampler, each measured once under one protocol.
+
+    <run folder>/evaluation/<label>-<key>.json     what was measured; the key stands for all that it depends on
+                            <label>-<key>.npz      its samples, for the report
+A killed evaluation goes on with the rows, and within them the shards, that are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.config import JobConfig
+from orchestrator.pipeline import Context
+from orchestrator.store import read_json
+from workers import data, diffusion, evaluate, extractors, families, first_stage, frechet, partition, tasks_evaluate
+from workers.contracts import (
+    DenoiserRef,
+    EvaluateTask,
+    ExtractorRef,
+    ImageTask,
+    InputError,
+    Partition,
+    Protocol,
+    SamplerRef,
+    derive_seed,
+    digest_of,
+)
+from workers.protocol import common_protocol
+from workers.rows import ReferenceTask, RowTask
+
+DENSE, FOLDER = "dense", "evaluation"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One denoiser under one sampler. ``made_from`` stands for all that the denoiser itself depends on."""
+
+    ref: DenoiserRef
+    sampler: SamplerRef
+    partition: Partition
+    made_from: Sequence[Any]
+
+    @property
+    def same_network(self) -> bool:
+        """The dense model under another sampler than the job's."""
+        return self.ref.plan is None and self.ref.label != DENSE
+
+
+def job_sampler(job: JobConfig) -> SamplerRef:
+    return SamplerRef(job.sampler.scheduler, job.sampler.steps, job.sampler.eta)
+
+
+def dense_samplers(job: JobConfig) -> list[SamplerRef]:
+    """Those of evaluate.dense, without the job's own. Raises: InputError for one that is none."""
+    found = []
+    for text in job.evaluate.dense:
+        scheduler, _, steps = text.partition(":")
+        if not steps.isdecimal() or not int(steps) or scheduler not in diffusion.SAMPLERS:
+            known = ", ".join(diffusion.SAMPLERS)
+            raise InputError(f"evaluate.dense: {text!r} is not SCHEDULER:STEPS, e.g. ddim:25; schedulers are {known}")
+        found.append(SamplerRef(scheduler, int(steps), job.sampler.eta if scheduler == "ddim" else 0.0))
+    return [sampler for sampler in found if sampler.name != job_sampler(job).name]
+
+
+def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition) -> dict[str, Row]:
+    """Every row by its label: dense, dense under other samplers, and the rest."""
+    job, sampler = ctx.job, job_sampler(ctx.job)
+    dense_from = [ctx.identity[key] for key in ("model", "first_stage", "data.path")]
+    dense_from += [job.seed, job.data.model_dump(mode="json", include={"holdout", "resize", "on_error", "latent_dtype", "encode_math"})]
+    rows = {DENSE: Row(denoisers[DENSE], sampler, cuts, dense_from)}
+    for other in dense_samplers(job):
+        label = f"{DENSE} {other.name}"
+        rows[label] = Row(DenoiserRef(label), other, cuts, dense_from)
+    for label, ref in denoisers.items():
+        if label != DENSE:
+            rows[label] = Row(ref, sampler, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref))
+    return rows
+
+
+def _made_from(ctx: Context, ref: DenoiserRef) -> list[Any]:
+    """Stands for a mixture's weights: those published, or the training runs that made them, wherever they lie."""
+    if ref.folder is not None:
+        return [(Path(ref.folder) / "SHA256SUMS").read_text()]
+    return [ctx.fingerprints["finetune"], ref.label, [[expert.ended, expert.step, expert.loss] for expert in ref.experts]]
+
+
+def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequence[int], stage: str = "publish") -> dict[str, Path]:
+    """Measure what is missing; the file of every row. ``rows`` begin with dense. ``held_out``: rows of the cache of images or latents."""
+    protocol, reference = _protocol(ctx, stage)
+    folder = ctx.store.folder / FOLDER
+    files = {label: folder / f"{label.replace(' ', '-').replace(':', '-')}-{_key(ctx, row, protocol)}.json" for label, row in rows.items()}
+    missing = [label for label, file in files.items() if not file.exists()]
+    if not missing:
+        return files
+    folder.mkdir(exist_ok=True)
+    if reference is not None and protocol.images <= len(frechet.read_statistics(reference).mean):
+        ctx.say("  warning: evaluate.frechet_samples is no more than the features: such a distance is far too large; raise it")
+    work = tuple(
+        RowTask(
+            shards=_shards(ctx, rows[label], files[label], images, held_out, stage),
+            protocol=protocol,
+            out=str(files[label]),
+            dense=None if label == DENSE else str(files[DENSE]),
+            same_network=rows[label].same_network,
+            reference=reference,
+            lpips=ctx.job.evaluate.lpips,
+        )
+        for label in missing
+    )
+    ctx.cluster.scatter(tasks_evaluate.evaluate_shard, [s for item in work for s in item.shards if not Path(s.out).exists()])
+    ctx.cluster.scatter(tasks_evaluate.summarise, [work])  # one task: times are taken while nothing else runs
+    return files
+
+
+def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[int], stage: str) -> tuple[EvaluateTask, ...]:
+    """A row's work, shared out. Every image has the same noise for every row."""
+    job, settings, count = ctx.job, ctx.job.evaluate, ctx.job.evaluate.shards
+    losses = np.array_split([] if row.same_network else held_out[: settings.images], count)
+    paired = np.array_split(_seeds(job, "sample", settings.samples), count)
+    far = _whole_batches(_seeds(job, "frechet", settings.frechet_samples), settings.batch_size, count)
+    return tuple(
+        EvaluateTask(
+            denoiser=row.ref,
+            model=job.model.path,
+            images=images,
+            rows=tuple(int(i) for i in losses[s]),
+            noise_seeds=tuple(int(seed) for seed in paired[s]),
+            partition=row.partition,
+            scheduler=row.sampler.scheduler,
+            steps=row.sampler.steps,
+            batch_size=settings.batch_size,
+            timesteps=partition.grid(families.load_scheduler_config(job.model.path)["num_train_timesteps"], settings.timesteps),
+            seed=job.seed,
+            device=ctx.cluster.need.device,
+            out=str(file.with_suffix(f".{s}of{count}-{settings.batch_size}.npz")),  # a batch size decides which shard draws what
+            timing=job.timing(),
+            guidance_scale=job.sampler.guidance_scale,
+            eta=row.sampler.eta,
+            dtype=settings.dtype,
+            compiled=settings.compile,
+            frechet_seeds=tuple(far[s]),
+            extractor=extractor_of(job),
+            stage=stage,
+        )
+        for s in range(count)
+    )
+
+
+def read_table(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """The metrics of every row; ``relative_time`` is that of all steps, dense's under the job's sampler, timed beside it, being 1.
+
+    Raises: InputError if they were not measured under one protocol.
+    """
+    metrics = {label: read_json(file) or {} for label, file in files.items()}
+    common_protocol(metrics)
+    dense = metrics[DENSE]
+    for row in metrics.values():
+        row["relative_time"] = row["calls"] * row["ms_per_step"] / (dense["calls"] * row["dense_ms_per_step"])
+    return metrics
+
+
+def samples_of(file: Path) -> np.ndarray:
+    """The samples of a row, float32 [n, C, H, W] in [-1, 1]."""
+    with np.load(file.with_suffix(".npz")) as arrays:
+        return arrays["samples"]
+
+
+# --- the protocol ---------------------------------------------------------------------------------------------------
+
+
+def extractor_of(job: JobConfig) -> ExtractorRef | None:
+    """None if the job measures no distance."""
+    settings = job.evaluate
+    if not settings.frechet_samples:
+        return None
+    if settings.extractor is None:
+        raise InputError(
+            f"evaluate.frechet_samples is {settings.frechet_samples}, but nothing says whose features to compare: set evaluate.extractor "
+            f"({', '.join(extractors.names())} or package.module:function)"
+        )
+    return ExtractorRef(settings.extractor, settings.extractor_weights)
+
+
+def check(job: JobConfig, scheduler: dict[str, Any], channels: int, size: int) -> dict[str, str]:
+    """See that everything of the job's evaluate section can be used. What stands for files in fingerprints, by key.
+
+    Raises: InputError, before anything is computed.
+    """
+    settings = job.evaluate
+    for sampler in dense_samplers(job):
+        diffusion.sampler_timesteps(sampler.scheduler, scheduler, sampler.steps)
+    if settings.lpips is not None:
+        evaluate.load_lpips(settings.lpips)
+    ref = extractor_of(job)
+    if ref is None:
+        return {}
+    if settings.frechet_samples < 2:
+        raise InputError("evaluate.frechet_samples is 1: a covariance needs two or more")
+    extractor = extractors.load(ref)
+    features = extractor.features(channels, size)
+    source = _reference(job)
+    if not frechet.is_statistics(source):
+        try:
+            data.check(source, channels, size, job.data.resize)
+            digest = digest_of([data.identity(source), channels, size, job.data.resize, job.data.on_error])
+        except InputError as error:
+            raise InputError(str(error).replace("data.path:", "evaluate.reference:")) from None
+    else:
+        statistics = frechet.read_statistics(source)
+        if len(statistics.mean) != features:
+            raise InputError(
+                f"evaluate.reference: {source} is of {len(statistics.mean)} features, but evaluate.extractor {ref.name} has {features}: "
+                "give the statistics of this extractor, or images"
+            )
+        digest = statistics.digest
+    return {"evaluate.extractor_weights": extractor.digest, "evaluate.reference": digest}
+
+
+def absolute(job: JobConfig) -> JobConfig:
+    """The job with the paths of its evaluate section made absolute, since workers may run elsewhere. Raises: InputError."""
+    settings, found = job.evaluate, {}
+    for key in ("extractor_weights", "reference", "lpips"):
+        value = getattr(settings, key)
+        if value is None or (key == "lpips" and not Path(value).expanduser().is_file()):
+            continue
+        try:
+            images = key == "reference" and not frechet.is_statistics(value)
+            found[key] = str((data.resolve(value) if images else Path(value).expanduser()).resolve())
+        except InputError as error:
+            raise InputError(str(error).replace("data.path:", "evaluate.reference:")) from None
+    return job.model_copy(update={"evaluate": settings.model_copy(update=found)})
+
+
+def _reference(job: JobConfig) -> str:
+    return job.evaluate.reference or job.data.path
+
+
+def _image_shape(model: str) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the pipeline makes."""
+    config, where = families.load_config(model), first_stage.locate(model)
+    if where is None:
+        return config["in_channels"], config["sample_size"], config["sample_size"]
+    info = first_stage.describe(where)
+    return info.in_channels, config["sample_size"] * info.downscale, config["sample_size"] * info.downscale
+
+
+def _protocol(ctx: Context, stage: str) -> tuple[Protocol, str | None]:
+    """What all rows have in common, and the statistics that distances are measured from, which are made now unless they are there."""
+    job, ref = ctx.job, extractor_of(ctx.job)
+    protocol = Protocol(_image_shape(job.model.path), job.seed, job.sampler.guidance_scale, job.evaluate.dtype)
+    if ref is None:
+        return protocol, None
+    extractor, digest, source = extractors.load(ref), ctx.identity["evaluate.reference"], _reference(job)
+    if not frechet.is_statistics(source):
+        key = digest_of([digest, extractor.digest, extractor.input_size, extractor.resize])
+        out = ctx.store.folder / "cache" / f"reference-{key[:16]}.npz"
+        if not out.exists():
+            channels, size, _ = protocol.image_shape
+            images = ImageTask(source, channels, size, job.data.resize, job.data.on_error, str(out))
+            ctx.cluster.scatter(tasks_evaluate.reference_statistics, [ReferenceTask(images, ref, job.evaluate.batch_size, stage)])
+        source = str(out)
+    protocol = replace(
+        protocol,
+        extractor=ref.name,
+        extractor_digest=extractor.digest,
+        input_size=extractor.input_size,
+        resize=extractor.resize,
+        images=job.evaluate.frechet_samples,
+        reference_digest=digest,
+        reference_images=frechet.read_statistics(source).n,
+    )
+    return protocol, source
+
+
+def _key(ctx: Context, row: Row, protocol: Protocol) -> str:
+    """Stands for all that a row's numbers depend on, the paths of files aside."""
+    settings = ctx.job.evaluate
+    values = [settings.images, settings.samples, settings.timesteps, settings.compile, settings.lpips, ctx.cluster.need.device]
+    return digest_of([list(row.made_from), row.sampler.to_json(), protocol.to_json(), ctx.job.timing().to_json(), values])[:10]
+
+
+def _seeds(job: JobConfig, use: str, count: int) -> list[int]:
+    """Of the noise of every image: the same for every denoiser."""
+    return [derive_seed(job.seed, use, i) for i in range(count)]
+
+
+def _whole_batches(seeds: Sequence[int], batch: int, shards: int) -> list[list[int]]:
+    """The seeds of every shard, whole batches each: with any number of shards the same images are drawn together, bit for bit."""
+    batches = [seeds[i : i + batch] for i in range(0, len(seeds), batch)]
+    cuts = [round(s * len(batches) / shards) for s in range(shards + 1)]
+    return [[seed for part in batches[a:b] for seed in part] for a, b in pairwise(cuts)]

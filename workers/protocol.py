@@ -1,0 +1,82 @@
+"""Under what a distance was measured: a record with an id. Numbers with different ids are never put side by side. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from workers.errors import InputError
+from workers.records import Record
+from workers.timesteps import digest_of
+
+
+@dataclass(frozen=True)
+class ExtractorRef(Record):
+    """A feature extractor: a file of workers/extractors, or ``package.module:function``; and its weights file."""
+
+    name: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class SamplerRef(Record):
+    """With what images are drawn. It is a choice that is compared, not a part of the protocol: dense at 25 steps beside a mixture at 50."""
+
+    scheduler: str
+    steps: int
+    eta: float
+
+    @property
+    def name(self) -> str:
+        """``ddim:25``, as in the job's evaluate.dense."""
+        return f"{self.scheduler}:{self.steps}"
+
+
+@dataclass(frozen=True)
+class Protocol(Record):
+    """What two numbers must have in common to be compared. Without distances, what stands for the extractor is empty."""
+
+    image_shape: tuple[int, ...]
+    """(C, H, W) of the images, which are in [-1, 1]."""
+    seed: int
+    """Image i starts from noise of derive_seed(seed, "sample", i) or, for the distances, of derive_seed(seed, "frechet", i)."""
+    guidance_scale: float
+    dtype: str
+    """Of the denoiser's weights and activations, with torch's default arithmetic (TF32 in a GPU's convolutions); the sampler's state is
+    float32."""
+    weights: str = "ema"
+    """Of trained networks: their moving average."""
+    levels: int = 256
+    """Images are rounded to so many levels a channel before features are taken."""
+    extractor: str = ""
+    extractor_digest: str = ""
+    input_size: int | None = None
+    resize: str = ""
+    images: int = 0
+    """Generated images behind a distance."""
+    reference_digest: str = ""
+    reference_images: int = 0
+
+    @property
+    def id(self) -> str:
+        return digest_of(self.to_json())[:12]
+
+    def told(self) -> dict[str, Any]:
+        """With its id, as it is stored beside every number."""
+        return {"id": self.id, **self.to_json()}
+
+
+def common_protocol(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The protocol of all rows of a table; None if they have none. Raises: InputError naming two that differ, and in what."""
+    found = [(label, row["protocol"]) for label, row in metrics.items() if row.get("protocol")]
+    for label, protocol in found[1:]:
+        first, other = found[0]
+        if protocol["id"] != other["id"]:
+            keys = sorted({*protocol, *other} - {"id", "schema"})
+            odd = ", ".join(f"{key} {other.get(key)} and {protocol.get(key)}" for key in keys if protocol.get(key) != other.get(key))
+            raise InputError(
+                f"{first} and {label} cannot stand in one table: they were measured under the protocols {other['id']} and "
+                f"{protocol['id']}, which differ in {odd}: measure both under one"
+            )
+    return found[0][1] if found else None

@@ -1,0 +1,37 @@
+"""What is handed to a worker for one row of the table of an evaluation, and for what all rows are compared with. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.contracts import EvaluateTask, ExtractorRef, ImageTask, Protocol, Record
+
+
+@dataclass(frozen=True)
+class ReferenceTask(Record):
+    """Statistics of the features of all images that ``images`` names, decoded as for training, go to ``images.out`` (npz)."""
+
+    images: ImageTask
+    extractor: ExtractorRef
+    batch_size: int
+    stage: str = "publish"
+
+
+@dataclass(frozen=True)
+class RowTask(Record):
+    """One row from its shards: metrics to ``out`` (JSON), the samples beside it (npz)."""
+
+    shards: tuple[EvaluateTask, ...]
+    protocol: Protocol
+    out: str
+    dense: str | None = None
+    """``out`` of the dense model under the job's sampler, which comes first; None: this is it."""
+    same_network: bool = False
+    """It is the dense model under another sampler: what a step costs and the denoising loss are known."""
+    reference: str | None = None
+    """The statistics (npz) that features are compared with, perhaps followed by ``:PREFIX``."""
+    lpips: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.shards[0].denoiser.label
