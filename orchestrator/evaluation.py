@@ -64,7 +64,7 @@ def dense_samplers(job: JobConfig) -> list[SamplerRef]:
         if not steps.isdecimal() or not int(steps) or scheduler not in diffusion.SAMPLERS:
             known = ", ".join(diffusion.SAMPLERS)
             raise InputError(f"evaluate.dense: {text!r} is not SCHEDULER:STEPS, e.g. ddim:25; schedulers are {known}")
-        found.append(SamplerRef(scheduler, int(steps), job.sampler.eta if scheduler == "ddim" else 0.0))
+        found.append(SamplerRef(scheduler, int(steps), job.sampler.eta if scheduler.startswith("ddim") else 0.0))
     return [sampler for sampler in found if sampler.name != job_sampler(job).name]
 
 

@@ -101,7 +101,7 @@ def cost_columns(e: Evidence) -> list[Column]:
         Column("parameters", "exported, M", kept, _decimals(largest)) if _differ(kept, every) else None,
         Column("memory", "peak, MiB", memory, ".0f", min) if _differ(memory, [0] * len(memory)) else None,
         Column("time", "ms / step", time, _decimals(time), min),
-        Column("time", "of dense", [v / time[0] for v in time], ".0%", min),
+        Column("time", "of dense", [e.time_ratio(m) * e.dense.metrics["calls"] / m.metrics["calls"] for m in e.measured], ".0%", min),
         Column("time", "all steps", _metric(e, "relative_time"), ".0%", min) if any(m.sampler for m in e.measured) else None,
         *(
             (

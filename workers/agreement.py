@@ -131,7 +131,7 @@ def compare(left: Side, right: Side, replicates: int, seed: int) -> dict[str, An
     at = [side.timesteps_at(levels) for side in sides]
     values = [resample(np.asarray(s.matrix.values), s.matrix.timesteps, t) for s, t in zip(sides, at, strict=True)]
     cut = [labels(side.partition.boundaries, t) for side, t in zip(sides, at, strict=True)]
-    drawn = [similarity.bootstrap(side.gram, replicates, int(s)) for side, s in zip(sides, seeds, strict=True)]
+    drawn = [similarity.bootstrap(side.gram, replicates, int(s), side.matrix.measure) for side, s in zip(sides, seeds, strict=True)]
     again = [resample(d, s.matrix.timesteps, t) for d, s, t in zip(drawn, sides, at, strict=True)]
     experts = [len(side.partition) for side in sides]
     recut = [[_cut(d, s, t, k) for d in found] for found, s, t, k in zip(drawn, sides, at, experts, strict=True)]

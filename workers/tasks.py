@@ -154,7 +154,7 @@ def cut_timesteps(
     cells = len(matrix.timesteps)
     min_length = min(cells, max(1, round(min_timesteps * cells / matrix.num_timesteps)))
     chosen = partition.cut(matrix, experts, min_length=min_length, penalty=penalty, max_experts=max_experts)
-    replicates = similarity.bootstrap(np.load(gram), bootstrap, seed)
+    replicates = similarity.bootstrap(np.load(gram), bootstrap, seed, matrix.measure)
     log_snr = NoiseSchedule(scheduler_config).log_snr(range(matrix.num_timesteps))
     baselines = {
         "uniform in t": partition.uniform_in_t(matrix.num_timesteps, len(chosen)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -137,6 +138,31 @@ def test_a_row_of_the_dense_model_under_another_sampler_costs_no_second_measurem
     assert [r["sampler"]["steps"] for r in (dense, found)] == [r["calls"] for r in (dense, found)] == [3, 2]
     assert found["protocol"] == dense["protocol"]
     assert found["images_per_s"] == pytest.approx(1e3 / found["ms_per_image"])
+
+
+def test_a_row_is_timed_beside_dense_also_where_the_row_of_dense_is_older(tiny, tmp_path, monkeypatch):
+    clock = itertools.count(1)
+    monkeypatch.setattr(
+        evaluate, "cost_per_step", lambda *_, **__: {"ms_per_step": float(next(clock)), "gmacs_per_step": 1.0, "parameters": 1}
+    )
+
+    def times(*labels: str) -> list[tuple[float, float]]:
+        tasks = [
+            dataclasses.replace(tiny, denoiser=DenoiserRef(label), rows=(0,), timesteps=(5,), out=f"{tmp_path}/{label}.0of1.npz")
+            for label in labels
+        ]
+        for task in tasks:
+            evaluate_shard(Session(), task)
+        outs = {task.denoiser.label: tmp_path / f"{task.denoiser.label}.json" for task in tasks}
+        dense = str(tmp_path / "dense.json")
+        items = [
+            RowTask((task,), PROTOCOL, str(outs[task.denoiser.label]), None if task.denoiser.label == "dense" else dense) for task in tasks
+        ]
+        rows = [json.loads(Path(out).read_text()) for out in summarise(Session(), tuple(items))]
+        return [(row["dense_ms_per_step"], row["ms_per_step"]) for row in rows]
+
+    assert times("dense", "a") == [(1, 1), (1, 2)]
+    assert times("b", "c") == [(3, 4), (3, 5)]
 
 
 def test_rows_that_are_there_are_not_made_again(task, tmp_path):
