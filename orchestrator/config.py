@@ -141,7 +141,7 @@ class Specialize(Training):
 class Finetune(Training):
     steps: int = Field(2000, ge=1, description="Optimiser steps per small expert.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
-    compare_uniform: bool = Field(True, description="Also fine-tune the uniform allocation of each budget, as evidence.")
+    compare: list[str] = Field(["uniform"], description="Agents whose plans are fine-tuned too, each as a row beside the mixture's.")
 
 
 class Router(Section):
@@ -199,6 +199,7 @@ class Evaluate(Section):
     images: Count = Field(64, description="Held-out images for the denoising loss.")
     samples: int = Field(64, ge=1, description="Samples drawn from fixed noise, for the paired error against dense.")
     timesteps: Count = Field(10, description="Timesteps of the denoising loss, evenly spaced.")
+    cut_only: bool = Field(True, description="A row per budget for the pretrained model cut uniformly, untrained.")
     batch_size: Count = Field(16, description="Images per forward pass; changes numbers by rounding only.")
     shards: Count = Field(1, description="Workers that share the evaluation of one model; changes numbers by rounding only.")
     dense: list[str] = Field(
@@ -432,6 +433,7 @@ def _check_names(config: JobConfig) -> None:
         ("model.family", config.model.family, "families"),
         ("similarity.measure", config.similarity.measure, "similarity"),
         *(("router.agents", agent, "routers") for agent in config.router.agents),
+        *(("finetune.compare", agent, "routers") for agent in config.finetune.compare),
     ):
         if value not in names_in(folder) and (key, value) != ("model.family", "auto"):
             raise InputError(f"{key} {value!r} is unknown: known are {', '.join(names_in(folder))}")
@@ -447,6 +449,7 @@ def _check_names(config: JobConfig) -> None:
     lists: dict[str, Sequence[object]] = {
         "router.agents": config.router.agents,
         "router.seeds": config.router.seeds,
+        "finetune.compare": config.finetune.compare,
         "evaluate.dense": config.evaluate.dense,
     }
     for name, values in lists.items():

@@ -21,13 +21,12 @@ from workers.protocol import common_protocol
 if TYPE_CHECKING:
     from orchestrator.planning import Prepared
 
-KINDS = {"mixture": "", "uniform": " uniform", "cut only": " cut only"}
-"""What is measured per budget -> what its label in the metrics adds to the budget's name."""
+CUT_ONLY = "cut only"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the evaluation: ``kind`` is dense, mixture, uniform or cut only; ``plan`` is None for dense.
+    """One row of the evaluation: ``kind`` is dense, mixture, another agent's name, or cut only; ``plan`` is None for dense.
 
     ``sampler`` is empty for the job's own; else dense was drawn with it, as in ``ddim:25``.
     """
@@ -68,7 +67,7 @@ Points = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report looks at. ``measured``: dense first, also under other samplers, then by budget in the order of `KINDS`."""
+    """Everything the report looks at. ``measured``: dense first, also under other samplers, then by budget."""
 
     prepared: Prepared
     results: Mapping[str, dict[str, Any]]
@@ -139,11 +138,12 @@ def gather(prepared: Prepared) -> Evidence:
     others = (label for label in metrics if label.startswith("dense "))
     measured += [Measured("dense", None, metrics[label], samples[label], sampler=label.removeprefix("dense ")) for label in others]
     for best in chosen:
-        uniform = next((trial for trial in trials if trial.agent == "uniform" and trial.budget == best.budget), best)
-        for kind, suffix in KINDS.items():
-            if (label := best.budget.name + suffix) in metrics:
-                plan = best if kind == "mixture" else uniform
-                names = [] if kind == "cut only" else [f"{plan.budget.name}-{plan.agent}-{i.name}" for i in plan.partition.intervals]
+        at = [trial for trial in trials if trial.budget == best.budget]
+        for kind in ("mixture", *dict.fromkeys(trial.agent for trial in at), CUT_ONLY):
+            if (label := best.budget.name + (f" {kind}" if kind != "mixture" else "")) in metrics:
+                agent = "uniform" if kind == CUT_ONLY else kind
+                plan = best if kind == "mixture" else min((trial for trial in at if trial.agent == agent), key=lambda trial: trial.loss)
+                names = [] if kind == CUT_ONLY else [f"{plan.budget.name}-{plan.agent}-{i.name}" for i in plan.partition.intervals]
                 experts = tuple(ExpertCheckpoint.from_json(trained[name]) for name in names)
                 measured.append(Measured(kind, plan, metrics[label], samples[label], experts))
     cut = results["partition"]

@@ -198,7 +198,7 @@ def _check_images(job: JobConfig, images: int) -> None:
 
 def _disk_bytes(job: JobConfig, table: CostTable, cache_bytes: int) -> int:
     """The most that the checkpoints that the job keeps at one time, and its latents, take."""
-    small = sum(budget.ratio for budget in job.budgets) * (2 if job.finetune.compare_uniform else 1)
+    small = sum(budget.ratio for budget in job.budgets) * (1 + len(job.finetune.compare))
     return round(2 * BYTES_FREE_PER_PARAMETER * table.dense.params * _experts(job) * (1 + small) + cache_bytes)
 
 
@@ -239,12 +239,12 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     states, per_image = prepared.pipeline.states(), 2 * table.dense.macs / 1e12  # TFLOP of one dense forward pass
     experts = _experts(job)
     small = sum(budget.ratio for budget in job.budgets)
-    copies = 2 if job.finetune.compare_uniform else 1
+    copies = 1 + len(job.finetune.compare)
     train, tune = job.specialize, job.finetune
     needs_model = similarity.measure(job.similarity.measure).NEEDS_MODEL
     gradient = job.similarity.timesteps * min(job.similarity.images, prepared.images) * 3 if needs_model else 0
     choices = sum(min(4, len(site.choices) - 1) for site in table.space.sites)
-    agents = len({"uniform", *job.router.agents}) * len(job.router.seeds) * len(job.budgets)
+    agents = len({"uniform", *job.router.agents, *job.finetune.compare}) * len(job.router.seeds) * len(job.budgets)
     era = ("era" in job.router.agents) * len(job.router.seeds) * len(job.budgets)
     drawn, fewer = job.evaluate.samples + job.evaluate.frechet_samples, evaluation.dense_samplers(job)
     # forward passes of one image of the dense model; a backward pass counts two
@@ -254,7 +254,8 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "specialize": experts * train.steps * train.batch_size * (1 + 3 * (0.65 + 0.6 * train.random_networks)),
         "route": experts * (choices * job.router.images / 2 + era * job.router.era_steps * job.router.era_batch),
         "finetune": copies * experts * tune.steps * tune.batch_size * (len(job.budgets) + 3 * small),
-        "publish": (1 + small * (copies + 1)) * (job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps)
+        "publish": (1 + small * (copies + job.evaluate.cut_only))
+        * (job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps)
         + drawn * sum(sampler.steps for sampler in fewer),
     }
     units = {

@@ -69,7 +69,7 @@ def _against_uniform(e: Evidence, plan: MixturePlan) -> Remark:
     if uniform is None and any(trial.agent == "uniform" and trial.experts == plan.experts for trial in trials_of(e, plan)):
         return Remark("warning", f"{at} is the uniform allocation itself: no agent found a better one.")
     if uniform is None:
-        return Remark("note", f"{at} was not compared with the uniform allocation under the same fine-tuning (finetune.compare_uniform).")
+        return Remark("note", f"{at} was not compared with the uniform allocation under the same fine-tuning (finetune.compare).")
     errors = [np.square(m.samples.astype(np.float64) - e.dense.samples).mean(axis=(1, 2, 3)) for m in (mixture, uniform)]
     difference, n = errors[0] - errors[1], len(errors[0])
     mean, spread = float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf

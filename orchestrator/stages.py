@@ -156,7 +156,7 @@ def route(ctx: Context) -> dict[str, Any]:
 
 def agents_of(job: JobConfig) -> list[str]:
     """The job's agents; the baseline is always there."""
-    return list(dict.fromkeys(["uniform", *job.router.agents]))
+    return list(dict.fromkeys(["uniform", *job.router.agents, *job.finetune.compare]))
 
 
 def route_task(ctx: Context, stage: str = "route") -> RouteTask:
@@ -186,7 +186,7 @@ def route_task(ctx: Context, stage: str = "route") -> RouteTask:
 
 
 def finetune(ctx: Context) -> dict[str, Any]:
-    """Extract each chosen sub-network as a plain small denoiser and train it on its interval; uniform ones too, to compare."""
+    """Extract each chosen sub-network as a plain small denoiser and train it on its interval; other agents' too, to compare."""
     job, settings = ctx.job, ctx.job.finetune
     images, train, _ = _images(ctx)
     elastic = [_located(ctx, e) for e in ctx.results["specialize"]["experts"]]
@@ -206,7 +206,7 @@ def finetune(ctx: Context) -> dict[str, Any]:
             class_dropout=job.data.class_dropout,
             source=elastic[k].path,
             spec=plan.experts[k],
-            label=plan.budget.name + (f" {plan.agent}" if settings.compare_uniform else ""),
+            label=plan.budget.name + (f" {plan.agent}" if settings.compare else ""),
         )
         for plan in _plans(ctx)
         for k, interval in enumerate(plan.partition.intervals)
@@ -299,7 +299,13 @@ STAGES = (
         ("specialize.checkpoint_every",),
         version=2,
     ),
-    Stage("route", route, ("specialize",), ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps"), version=2),
+    Stage(
+        "route",
+        route,
+        ("specialize",),
+        ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps", "finetune.compare"),
+        version=2,
+    ),
     Stage("finetune", finetune, ("route",), ("finetune",), ("finetune.checkpoint_every",), version=2),
     Stage(
         "publish",
@@ -438,20 +444,20 @@ def _located(ctx: Context, expert: dict[str, Any]) -> ExpertCheckpoint:
 
 
 def _plans(ctx: Context) -> list[MixturePlan]:
-    """The chosen plan of every budget, and beside it the uniform one where that is another."""
+    """The chosen plan of every budget, and beside it those of the agents it is compared with, where they are others."""
     plans = []
     for chosen in ctx.results["route"]["chosen"].values():
-        plan = MixturePlan.from_json(chosen)
-        plans.append(plan)
-        uniform = _uniform(ctx, plan)
-        if ctx.job.finetune.compare_uniform and uniform.experts != plan.experts:
-            plans.append(uniform)
+        best = MixturePlan.from_json(chosen)
+        plans.append(best)
+        others = (_best_of(ctx, agent, best) for agent in ctx.job.finetune.compare)
+        plans += [plan for plan in others if plan.agent != best.agent and plan.experts != best.experts]
     return plans
 
 
-def _uniform(ctx: Context, plan: MixturePlan) -> MixturePlan:
+def _best_of(ctx: Context, agent: str, plan: MixturePlan) -> MixturePlan:
+    """An agent's own plan at another plan's budget: the best of its seeds."""
     trials = map(MixturePlan.from_json, ctx.results["route"]["trials"])
-    return next(trial for trial in trials if trial.agent == "uniform" and trial.budget == plan.budget)
+    return min((trial for trial in trials if trial.agent == agent and trial.budget == plan.budget), key=lambda trial: trial.loss)
 
 
 def _unit(plan: MixturePlan, k: int) -> str:
@@ -459,16 +465,17 @@ def _unit(plan: MixturePlan, k: int) -> str:
 
 
 def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
-    """Everything that is measured: dense; per budget the mixture, the uniform mixture, and the pretrained net cut uniformly."""
+    """Everything that is measured: dense; per budget the mixture, those of other agents, and the pretrained net cut uniformly."""
     experts = ctx.results["finetune"]["experts"]
     elastic = tuple(_located(ctx, e) for e in ctx.results["specialize"]["experts"])
     denoisers = {"dense": DenoiserRef("dense")}
     for plan in _plans(ctx):
         refs = tuple(_located(ctx, experts[_unit(plan, k)]) for k in range(len(plan.experts)))
-        label = plan.budget.name if plan.budget.name not in denoisers else f"{plan.budget.name} uniform"
+        label = plan.budget.name if plan.budget.name not in denoisers else f"{plan.budget.name} {plan.agent}"
         denoisers[label] = DenoiserRef(label, plan, refs, unit=ctx.job.elastic.unit)
-    for i in range(len(ctx.job.budgets)):
-        budget = ctx.job.budget(i).name
-        uniform = _uniform(ctx, MixturePlan.from_json(ctx.results["route"]["chosen"][budget]))
+    for budget, chosen in ctx.results["route"]["chosen"].items():
+        if not ctx.job.evaluate.cut_only:
+            break
+        uniform = _best_of(ctx, "uniform", MixturePlan.from_json(chosen))
         denoisers[f"{budget} cut only"] = DenoiserRef(f"{budget} cut only", uniform, elastic, cut_only=True, unit=ctx.job.elastic.unit)
     return denoisers

@@ -177,7 +177,7 @@ def job_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "budgets": [{"metric": "latency", "ratio": 0.5}, {"metric": "macs", "ratio": 0.5}],
         "sampler": {"scheduler": "ddim", "steps": 10},
         "latency": {"batch": 2, "dtype": "float32"} if tiny else {"batch": options.batch, "dtype": "bfloat16", "compile": True},
-        "finetune": {**train, "compare_uniform": False},
+        "finetune": {**train, "compare": []},
         "evaluate": {"images": 8, "samples": 8, "timesteps": 4, "batch_size": 8},
         "resources": {"device": options.device},
     }

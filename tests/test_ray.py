@@ -27,7 +27,7 @@ specialize: {steps: 24, batch_size: 4, random_networks: 0, importance_images: 4,
 router: {images: 8, era_steps: 2, era_batch: 2, trials: 4}
 budgets: [{metric: macs, ratio: 0.6}]
 sampler: {scheduler: ddim, steps: 8}
-finetune: {steps: 4, batch_size: 4, checkpoint_every: 2, compare_uniform: false}
+finetune: {steps: 4, batch_size: 4, checkpoint_every: 2, compare: []}
 evaluate: {images: 8, samples: 4, timesteps: 2}
 resources: {device: cpu, local_cpus: 2}
 """

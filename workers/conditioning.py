@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from workers import families
+from workers import families, pretrained
 from workers.contracts import InputError, derive_seed
 
 EMBEDDER = "class_embedder"
@@ -140,14 +140,5 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Conditioner:
     classes = describe(folder)
     if classes.argument != "encoder_hidden_states":
         return Conditioner(classes, None).to(device)
-    where, options = Path(folder) / EMBEDDER, {"torch_dtype": torch.float32, "use_safetensors": True}
-    try:
-        embedder, found = ClassEmbedder.from_pretrained(where, output_loading_info=True, **options)
-    except Exception as error:  # a truncated file, a missing file and a wrong shape each have their own kind
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"model.path: the weights in {where} cannot be read: {reason}") from error
-    if odd := [f"{word} {key}" for word in ("missing", "unexpected") for key in found[f"{word}_keys"]]:
-        raise InputError(f"model.path: the weights in {where} do not fit their config: {', '.join(odd[:3])}")
-    if not bool(embedder.embedding.weight.isfinite().all()):
-        raise InputError(f"model.path: the weights in {where} are damaged: they hold NaN or infinity: download them again")
+    embedder = pretrained.load(ClassEmbedder, Path(folder) / EMBEDDER)
     return Conditioner(classes, embedder).requires_grad_(False).eval().to(device)

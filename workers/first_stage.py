@@ -15,7 +15,9 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workers import pretrained
 from workers.contracts import InputError
+from workers.pretrained import read_json, weight_files, weight_shapes
 from workers.records import Record
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def locate(folder: str | Path) -> Path | None:
     """
     folder = Path(folder)
     index = folder / "model_index.json"
-    listed = _read_json(index) if index.is_file() else {name: name for name in NAMES if (folder / name / "config.json").is_file()}
+    listed = read_json(index) if index.is_file() else {name: name for name in NAMES if (folder / name / "config.json").is_file()}
     for name in NAMES:
         entry = listed.get(name)
         if entry and entry != [None, None]:
@@ -75,7 +77,7 @@ def locate(folder: str | Path) -> Path | None:
 def describe(where: str | Path) -> FirstStageInfo:
     """Read from config.json alone. Raises: InputError if the class is unknown or a value is out of range."""
     where = Path(where)
-    config = _read_json(where / "config.json")
+    config = read_json(where / "config.json")
     kind = KINDS.get(str(config.get("_class_name")))
     if kind is None:
         raise InputError(
@@ -129,9 +131,9 @@ def digest(where: str | Path) -> str:
     """sha256 (hex) over config and weights: the first stage's identity, wherever it lies. Raises: InputError as ``describe`` does."""
     where, found = Path(where), hashlib.sha256()
     describe(where)
-    config = {key: value for key, value in _read_json(where / "config.json").items() if key not in ("_name_or_path", "_diffusers_version")}
+    config = {key: value for key, value in read_json(where / "config.json").items() if key not in ("_name_or_path", "_diffusers_version")}
     found.update(json.dumps(config, sort_keys=True).encode())
-    for weights in _weights(where):
+    for weights in weight_files(where):
         with weights.open("rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
@@ -169,27 +171,11 @@ def load(where: str | Path, math: str = "float32") -> FirstStage:
     Raises: InputError in one line if config or weights cannot be used.
     """
     import diffusers
-    import torch
 
     where, info = Path(where), describe(where)
     _check_weights(where, info)
-    logging = diffusers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        kind = getattr(diffusers, next(name for name in KINDS if KINDS[name] == info.kind))
-        model, found = kind.from_pretrained(where, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # a truncated file, a missing file and a wrong shape each have their own kind
-        raise InputError(f"model.path: the weights in {where} cannot be read: {_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    odd = [f"{word} {key}" for word in ("missing", "unexpected") for key in sorted(found[f"{word}_keys"])]
-    if odd:
-        raise InputError(f"model.path: the weights in {where} do not fit their config: {len(odd)} keys, {', '.join(odd[:3])}")
-    bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise InputError(f"model.path: the weights in {where} are damaged: {bad[0]} holds NaN or infinity: download them again")
-    return FirstStage(model, info, math)
+    kind = getattr(diffusers, next(name for name in KINDS if KINDS[name] == info.kind))
+    return FirstStage(pretrained.load(kind, where), info, math)
 
 
 def tiny(kind: str, seed: int = 0) -> Any:
@@ -222,28 +208,9 @@ def _arithmetic(math: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _weights(where: Path) -> list[Path]:
-    files = sorted(where.glob("*.safetensors"))
-    if not files:
-        raise InputError(
-            f"model.path: {where} holds no .safetensors weights; re-save the pipeline with "
-            "safe_serialization=True, and keep the scaling_factor of its config.json"
-        )
-    return files
-
-
 def _check_weights(where: Path, info: FirstStageInfo) -> None:
     """See by their headers that the weight files are whole and of the config's shape. Raises: InputError."""
-    from safetensors import SafetensorError, safe_open
-
-    config = _read_json(where / "config.json")
-    shapes: dict[str, list[int]] = {}
-    for file in _weights(where):
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"model.path: {file} cannot be read: {_line(error)}: download it again") from None
+    config, shapes = read_json(where / "config.json"), weight_shapes(where)
     for name, expected in _expected(config, info).items():
         if shapes.get(name) != expected:
             found = shapes.get(name, "missing")
@@ -258,17 +225,3 @@ def _expected(config: Mapping[str, Any], info: FirstStageInfo) -> dict[str, list
     if info.kind == "vq":
         expected["quantize.embedding.weight"] = [config.get("num_vq_embeddings", 256), info.latent_channels]
     return expected
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.path: {path} cannot be read: {_line(error)}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"model.path: {path} is not a JSON object")
-    return value
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -38,12 +37,6 @@ class LatencyIdentity(Record):
     @property
     def digest(self) -> str:
         return digest_of(self.to_json())[:12]
-
-    def differences(self, wanted: LatencyIdentity) -> list[str]:
-        """One text per field that differs: which, what it is here, and what is wanted."""
-        pairs = [(f.name, getattr(self, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(self)]
-        return [f"{name} is {mine!r}, wanted {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
-
 
 @dataclass(frozen=True)
 class LatencyValidation(Record):

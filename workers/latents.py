@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,16 +76,6 @@ class LatentKey(Record):
     def row_bytes(self) -> int:
         """Bytes of one stored latent; an item has two."""
         return int(np.prod(self.stored_shape)) * np.dtype(DTYPES[self.dtype]).itemsize
-
-    def differences(self, wanted: LatentKey) -> list[str]:
-        """What differs, each with both values; hashes are cut to 12 digits."""
-
-        def show(value: Any) -> str:
-            return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
-
-        pairs = [(f.name, getattr(self, f.name), getattr(wanted, f.name)) for f in fields(self)]
-        return [f"{name} is {show(found)}, wanted {show(want)}" for name, found, want in pairs if found != want]
-
 
 @dataclass(frozen=True)
 class EncodeTask(Record):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.errors import InputError
-from workers.records import Record
+from workers.records import Record, differing
 from workers.timesteps import digest_of
 
 
@@ -73,8 +73,7 @@ def common_protocol(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] 
     for label, protocol in found[1:]:
         first, other = found[0]
         if protocol["id"] != other["id"]:
-            keys = sorted({*protocol, *other} - {"id", "schema"})
-            odd = ", ".join(f"{key} {other.get(key)} and {protocol.get(key)}" for key in keys if protocol.get(key) != other.get(key))
+            odd = ", ".join(f"{key} {one} and {two}" for key, one, two in differing(other, protocol) if key != "id")
             raise InputError(
                 f"{first} and {label} cannot stand in one table: they were measured under the protocols {other['id']} and "
                 f"{protocol['id']}, which differ in {odd}: measure both under one"

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON, both ways, and the key that does not fit. Standard library only."""
+"""Frozen dataclasses as JSON, both ways, the key that does not fit, and what two of them differ in. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from workers.errors import InputError
@@ -28,6 +29,20 @@ class Record:
         if found != cls.SCHEMA:
             raise InputError(f"{cls.__name__}: schema {found} is not {cls.SCHEMA}: use the version of diffpruning that wrote it")
         return typing.cast(Self, _decode(cls, {key: value for key, value in data.items() if key != "schema"}, cls.__name__))
+
+    def differences(self, wanted: Self) -> list[str]:
+        """One text per field that differs: which, what it is here, and what is wanted."""
+        return [f"{key} is {mine}, wanted {theirs}" for key, mine, theirs in differing(_encode(self), _encode(wanted))]
+
+
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, value found, value wanted) wherever these differ, as text; hashes are cut to 12 digits."""
+
+    def text(value: Any) -> str:
+        return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+    keys = dict.fromkeys((*found, *wanted))
+    return [(key, text(found.get(key)), text(wanted.get(key))) for key in keys if found.get(key) != wanted.get(key)]
 
 
 def _encode(value: Any) -> Any:

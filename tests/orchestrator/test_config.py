@@ -95,6 +95,7 @@ def test_a_value_of_the_wrong_type_is_refused(override, told):
         ("budgets=[]", "budgets is []: "),
         ("partition.experts=0", "partition.experts is 0: "),
         ("specialize.steps=-1", "specialize.steps is -1: must be greater than or equal to 0"),
+        ("partition.method=thirds", "partition.method is 'thirds': must be"),
         ("finetune.steps=0", "finetune.steps is 0: must be greater than or equal to 1"),
         ("specialize.ema_decay=1", "specialize.ema_decay is 1: must be less than 1"),
         ("finetune.outside_fraction=1.01", "finetune.outside_fraction is 1.01: must be less than or equal to 1"),

@@ -50,7 +50,7 @@ specialize: {{steps: 2, batch_size: 2, random_networks: 0, importance_images: 2}
 router: {{images: 4, era_steps: 2, era_batch: 2, trials: 4, agents: [greedy, era]}}
 budgets: [{{ratio: 0.6}}]
 sampler: {{steps: 4}}
-finetune: {{steps: 2, batch_size: 2, compare_uniform: false}}
+finetune: {{steps: 2, batch_size: 2, compare: []}}
 evaluate: {{images: 2, samples: 2, timesteps: 2, batch_size: 2}}
 latency: {{batch: 2}}
 resources: {{device: cpu}}

@@ -260,3 +260,35 @@ def test_a_bootstrap_replicate_is_the_similarity_of_resampled_minibatches():
     assert len(set(nearest.argmin(1))) > 3
     assert np.array_equal(replicates, similarity.bootstrap(similarity.gram_of(embeddings), replicates=20, seed=0))
     assert not np.array_equal(replicates, similarity.bootstrap(similarity.gram_of(embeddings), replicates=20, seed=1))
+
+
+def test_a_paired_measure_compares_the_same_minibatch_only():
+    embeddings = random_embeddings(batches=5)
+    found = similarity.similarity_of(similarity.gram_of(embeddings), "minibatch_gradient", range(4), 10, 0)
+    inner = sum(batch @ batch.T for batch in embeddings)
+    norm = np.sqrt(inner.diagonal())
+    assert np.allclose(found.values, inner / norm[:, None] / norm[None, :], atol=1e-6)
+
+
+def test_a_paired_measure_sees_what_the_mean_hides():
+    """Two timesteps whose gradients always agree, and average out to nothing: the converged model."""
+    rng = np.random.default_rng(0)
+    shared, other = rng.normal(size=(2, 16, 1, 64))
+    signs = np.tile([1.0, -1.0], 8)[:, None, None]
+    noise = 0.1 * rng.normal(size=(16, 3, 64))
+    embeddings = np.concatenate([signs * shared, signs * shared, signs * other], 1) + noise
+    found = similarity.similarity_of(similarity.gram_of(embeddings), "minibatch_gradient", range(3), 10, 0)
+    assert found.values[0][1] > 0.9
+    assert abs(found.values[0][2]) < 0.2
+
+
+def test_reliability_of_a_paired_measure_is_the_agreement_of_the_two_halves_rows():
+    embeddings = random_embeddings(batches=6, points=5)
+    gram = similarity.gram_of(embeddings)
+    halves = [
+        np.asarray(similarity.similarity_of(similarity.gram_of(part), "minibatch_gradient", range(5), 10, 0).values)
+        for part in (embeddings[::2], embeddings[1::2])
+    ]
+    found = similarity.similarity_of(gram, "minibatch_gradient", range(5), 10, 0)
+    kept = np.arange(5) != 2
+    assert found.reliability[2] == pytest.approx(np.corrcoef(halves[0][2, kept], halves[1][2, kept])[0, 1], abs=1e-6)

@@ -238,3 +238,43 @@ def test_without_steps_the_expert_is_the_pretrained_net_in_the_order_of_importan
     sample, timestep = torch.randn(2, 3, 32, 32), torch.tensor([7, 500])
     assert torch.allclose(elastic(sample, timestep), dense(sample, timestep).sample, atol=1e-5)
     assert done.step == 0
+
+
+def steps_of(emoji: Path, device: str, settings: TrainSettings, capture: bool, count: int = 5) -> tuple[Trainer, list[float]]:
+    """A trainer of the tiny net after a few steps, and their losses."""
+    torch.manual_seed(0)
+    model, teacher = families.family("unet2d").tiny(), families.family("unet2d").tiny()
+    teacher.load_state_dict(model.state_dict())
+    elastic = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor"))).to(device)
+    names, schedule = families.family("unet2d").features(model), NoiseSchedule(families.load_scheduler_config(emoji))
+    trainer = Trainer.of(Accelerator(cpu=device == "cpu"), elastic, teacher.to(device), names, schedule, settings)
+    networks, losses = training.sandwich(elastic.space, 2, 7, pool=3), []
+    for step in range(count):
+        gen = torch.Generator().manual_seed(step)
+        clean, noise = (torch.randn(4, 3, 16, 16, generator=gen).to(device) for _ in range(2))
+        batch = Batch(clean, torch.randint(0, 1000, (4,), generator=gen).to(device), noise, {})
+        if capture and step == 0:
+            trainer.capture(batch, networks.repeated, 3)
+        losses.append(float(trainer.step(step, batch, networks(step))))
+    return trainer, losses
+
+
+def test_steps_in_bfloat16_keep_float32_weights_and_go_where_float32_steps_go(emoji):
+    whole, losses = steps_of(emoji, "cpu", SETTINGS, capture=False)
+    rounded, about = steps_of(emoji, "cpu", dataclasses.replace(SETTINGS, mixed_precision="bf16"), capture=False)
+    assert {p.dtype for p in rounded.model.parameters()} == {p.dtype for p in rounded.averaged.parameters()} == {torch.float32}
+    assert about == pytest.approx(losses, rel=0.05)
+    assert rounded.tensors().keys() == whole.tensors().keys()
+    running = dict(rounded.running.named_parameters())
+    assert all(torch.equal(running[name], p.bfloat16()) for name, p in rounded.model.named_parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_on_a_gpu_captured_steps_train_what_eager_steps_train(emoji, precision):
+    settings = dataclasses.replace(SETTINGS, mixed_precision=precision)
+    (eager, losses), (captured, again) = (steps_of(emoji, "cuda", settings, capture) for capture in (False, True))
+    assert again == pytest.approx(losses, rel=1e-3)
+    for one, two in zip(eager.model.parameters(), captured.model.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=2e-3)

@@ -2,8 +2,7 @@
 
 A family module defines
     CLASS_NAMES                     the classes in the model's config.json that it handles
-    build(config) -> nn.Module      an untrained model of that config; works on the meta device
-    load(folder)                    (pretrained float32 model, {"missing_keys", "unexpected_keys"})
+    model_class(config)             the class, a diffusers ModelMixin, of the model of that config
     check(config) -> None           raises InputError for a config it cannot handle
     sites(model, settings)          its elastic branches
     conditioning(config)            the argument by which the denoiser is told its class, or None
@@ -22,8 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from workers import extension, names_in
+from workers import extension, names_in, pretrained
 from workers.contracts import InputError
+from workers.pretrained import read_json as read_json
 
 if TYPE_CHECKING:
     import torch
@@ -64,17 +64,6 @@ def _denoiser_folder(folder: Path) -> Path:
     raise InputError(f"model.path: {folder} holds no unet/config.json: it is not a diffusers pipeline folder")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises: InputError."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"model.path: {path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"model.path: {path} is not a JSON object")
-    return value
-
-
 def load_config(folder: str | Path) -> dict[str, Any]:
     """The dense denoiser's config; in the folder of a mixture, that of its base. Raises: InputError."""
     config = read_json(_denoiser_folder(Path(folder)) / "config.json")
@@ -111,7 +100,7 @@ def example_inputs(config: Mapping[str, Any], batch: int, device: Any, dtype: to
 
 def build(config: dict[str, Any]) -> nn.Module:
     """An untrained denoiser of ``config``; on the meta device inside ``torch.device("meta")``."""
-    return family_of_config(config).build(config)
+    return family_of_config(config).model_class(config).from_config(config)
 
 
 def load_denoiser(folder: str | Path) -> nn.Module:
@@ -119,43 +108,14 @@ def load_denoiser(folder: str | Path) -> nn.Module:
 
     Raises: InputError if the folder, the config or the weights cannot be used.
     """
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
     folder = locate(str(folder))
-    module, where = family_of_config(load_config(folder)), _denoiser_folder(folder)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model, found = module.load(where)
-    except Exception as error:  # a truncated file, a missing file and a wrong shape each have their own kind
-        reason = " ".join(str(error).split())
-        raise InputError(f"model.path: the weights in {where} cannot be read: {reason[:200]}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    odd = [f"{word} {key}" for word in ("missing", "unexpected") for key in sorted(found[f"{word}_keys"])]
-    if odd:
-        raise InputError(f"model.path: the weights in {where} do not fit their config: {len(odd)} keys, {', '.join(odd[:3])}")
-    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if bad:
-        raise InputError(f"model.path: the weights in {where} are damaged: {bad[0]} holds NaN or infinity: download them again")
-    return model.eval()
+    config = load_config(folder)
+    return pretrained.load(family_of_config(config).model_class(config), _denoiser_folder(folder))
 
 
 def check_files(folder: str | Path) -> None:
     """See that the denoiser's weight files are whole, by their headers alone. Raises: InputError."""
-    from safetensors import SafetensorError, safe_open
-
-    where = _denoiser_folder(Path(folder))
-    files = sorted(where.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"model.path: {where} holds no .safetensors weights; re-save the pipeline with safe_serialization=True")
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"model.path: {file} cannot be read: {error}") from None
+    pretrained.weight_shapes(_denoiser_folder(Path(folder)))
 
 
 def model_digest(folder: str | Path) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,17 +45,8 @@ class UNet2DModelWithHeads(UNet2DModel):
     )
 
 
-def _class_of(config: Mapping[str, Any]) -> Any:
+def model_class(config: Mapping[str, Any]) -> Any:
     return UNet2DModelWithHeads if config.get("_class_name") == UNet2DModelWithHeads.__name__ else UNet2DModel
-
-
-def load(folder: Path) -> tuple[nn.Module, dict[str, list[str]]]:
-    found = _class_of(json.loads((folder / "config.json").read_text()))
-    return found.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-
-
-def build(config: dict[str, Any]) -> nn.Module:
-    return _class_of(config).from_config(config)
 
 
 def check(config: dict[str, Any]) -> None:

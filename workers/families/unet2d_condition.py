@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,8 @@ sites = unet2d.sites
 features = unet2d.features
 
 
-def load(folder: Path) -> tuple[nn.Module, dict[str, list[str]]]:
-    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-
-
-def build(config: dict[str, Any]) -> nn.Module:
-    return UNet2DConditionModel.from_config(config)
+def model_class(config: Mapping[str, Any]) -> Any:
+    return UNet2DConditionModel
 
 
 def check(config: dict[str, Any]) -> None:

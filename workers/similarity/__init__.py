@@ -2,7 +2,8 @@
 
 A measure defines ``embed(problem, timesteps) -> float array [minibatches, len(timesteps), D]``: row (b, t) depends on minibatch b, timestep
 t and the seed only, never on how the grid was split over workers. Similarity is the cosine of the embeddings' mean over minibatches, or,
-where a measure says ``PAIRED = True``, the mean inner product of the same minibatch's embeddings, normalised. ``NEEDS_MODEL`` says whether model and images have to be loaded.
+where a measure says ``PAIRED = True``, the mean inner product of the same minibatch's embeddings, normalised. ``NEEDS_MODEL`` says
+whether model and images have to be loaded.
 Legend: B minibatches, T' grid timesteps, D embedding size, R bootstrap replicates.
 """
 

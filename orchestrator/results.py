@@ -1,0 +1,315 @@
+"""One table over several runs: what each measured, the dense model once, sorted by measured time. Reads files only, and loads no model."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from orchestrator.store import read_json, write_json
+from orchestrator.words import both, measured_under, percent, sig
+from workers.contracts import InputError, SamplerRef
+from workers.protocol import common_protocol
+from workers.records import differing
+
+TABLE, JOB = "evaluation/table.json", "job.json"
+"""In a run folder: what `evaluate` printed last, and the job and command of the last `run`."""
+DENSE = "dense"
+NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "macs_per_step": ("MACs/step", percent),
+    "relative_time": ("time", percent),
+    "ms_per_step": ("ms/step", sig),
+    "frechet": ("FD", sig),
+    "kid": ("KID", sig),
+    "paired_mse": ("MSE to dense", sig),
+}
+"""Number of a row -> its column's title, and how it reads."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says of itself. ``rows``: label -> metrics, dense first, all under one protocol."""
+
+    name: str
+    folder: Path
+    owner: Mapping[str, Any]
+    job: Mapping[str, Any] | None
+    """None if the folder was last written by a version that did not record it."""
+    experts: int | None
+    """None before the partition."""
+    rows: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def dense(self) -> Mapping[str, Any]:
+        return self.rows[DENSE]
+
+    @property
+    def seed(self) -> int:
+        return int(self.dense["protocol"]["seed"])
+
+    @property
+    def command(self) -> str | None:
+        if self.job is None:
+            return None
+        overrides = [word for override in self.job["set"] for word in ("--set", override)]
+        return shlex.join(["diffpruning", "run", self.job["file"], *overrides])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What runs of one group have in common: all but seed and name, what other checks compare by content, and how work is shared out.
+
+        Raises: InputError if the folder does not tell.
+        """
+        if self.job is None:
+            raise InputError(f"--group: {self.folder} does not record its job: the same `diffpruning run` again records it, and does no work")
+        config = {key: value for key, value in self.job["config"].items() if key not in ("seed", "name", "model", "evaluate")}
+        return {**config, "data": {**config["data"], "path": self.owner["data.path"][-1]}}
+
+
+def record(folder: Path, file: str, overrides: Sequence[str], config: Mapping[str, Any]) -> None:
+    """Write what a run folder's results come from, unless it says so. ``file`` and ``overrides``: as they were typed."""
+    found = {"schema": 1, "file": file, "set": list(overrides), "config": dict(config)}
+    if read_json(folder / JOB) != found:
+        write_json(folder / JOB, found)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> Run:
+    """Read a run folder, under the settings that it was last used with. Raises: InputError if nothing is measured there."""
+    owner = read_json(folder / "run.json") or {}
+    fingerprints = (read_json(folder / "progress.json") or {}).get("fingerprints", {})
+    published, cut = (_result(folder, stage, fingerprints) for stage in ("publish", "partition"))
+    rows = _rows((published or {}).get("metrics", {}), read_json(folder / TABLE) or {}, fingerprints.get("finetune"))
+    if DENSE not in rows:
+        raise InputError(f"nothing is measured in {folder}: `diffpruning run` or `diffpruning evaluate` on its job does that")
+    if odd := [label for label, row in rows.items() if not row.get("protocol")]:
+        raise InputError(f"{folder}: row {odd[0]!r} has no protocol: it was measured by an older version; run its job again")
+    experts = None if cut is None else len(cut["partition"]["boundaries"]) + 1
+    return Run(owner["name"], folder, owner, read_json(folder / JOB), experts, rows)
+
+
+def _result(folder: Path, stage: str, fingerprints: Mapping[str, str]) -> dict[str, Any] | None:
+    fingerprint = fingerprints.get(stage, "")
+    done = read_json(folder / f"{stage}-{fingerprint[:8]}" / "done.json") if fingerprint else None
+    return None if done is None else done["result"]
+
+
+def _rows(published: Mapping[str, Any], table: Mapping[str, Any], mixtures: str | None) -> dict[str, Any]:
+    """Those of the publish stage, and what `evaluate` added: dense rows, and others if they are of the same ``mixtures``."""
+    current = mixtures is not None and table.get("mixtures") == mixtures
+    protocol = (published or table.get("rows", {})).get(DENSE, {}).get("protocol")
+    added = {
+        label: row
+        for label, row in table.get("rows", {}).items()
+        if (current or _is_dense(label)) and row.get("protocol") == protocol and label not in published
+    }
+    return {**published, **added}
+
+
+def _is_dense(label: str) -> bool:
+    return label.partition(" ")[0] == DENSE
+
+
+# --- what may stand in one table --------------------------------------------------------------------------------------
+
+
+def _check(runs: Sequence[Run], names: Sequence[str], group: bool) -> None:
+    """Raises: InputError naming two runs that differ in their model, their protocol, or the circumstances of their times."""
+    first, one = runs[0], names[0]
+    for run, two in zip(runs[1:], names[1:], strict=True):
+        models = [r.owner["model.path"] for r in (first, run)]
+        if not any(a == b for a, b in zip(*models, strict=False)):
+            raise InputError(f"{one} and {two} cannot stand in one table: their models are {models[0][0]} and {models[1][0]}")
+        odd = [key for key, _, _ in differing(first.dense["protocol"], run.dense["protocol"]) if key != "id"]
+        if odd == ["seed"]:
+            if not group:
+                raise InputError(
+                    f"{one} and {two} differ in the seed of their noise, {first.seed} and {run.seed}: --group gives mean and spread over seeds"
+                )
+        elif odd:
+            common_protocol({one: first.dense, two: run.dense})
+        timings = [r.dense.get("timing") for r in (first, run)]
+        if all(timings) and timings[0] != timings[1]:
+            texts = ", ".join(f"{key} {a} and {b}" for key, a, b in differing(*timings))
+            raise InputError(f"{one} and {two} cannot stand in one table: their times hold for {texts}: evaluate both under one latency section")
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """By which runs are told apart: their names, or where two have the same, their folders."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def collect(runs: Sequence[Run], group: bool = False) -> dict[str, Any]:
+    """The table as JSON, a row per denoiser and sampler, sorted by measured time; with ``group``, one for all seeds.
+
+    Dense rows, which all runs share, are those of the first run that has them. Raises: InputError if the runs cannot be compared.
+    """
+    names = _names(runs)
+    if twice := [str(run.folder) for i, run in enumerate(runs) if run.folder in [other.folder for other in runs[:i]]]:
+        raise InputError(f"{twice[0]} is given twice: give every run once")
+    _check(runs, names, group)
+    groups: list[dict[str, Any]] = []
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+        if group:
+            settings = run.settings
+            groups += [settings] * (settings not in groups)
+            number = groups.index(settings)
+        for label, metrics in run.rows.items():
+            row = _row(run, name, label, metrics, runs[0])
+            key = (DENSE if _is_dense(label) else (number, label), row["sampler"])
+            into = found.setdefault(key, {**row, "runs": [], "seeds": [], "experts": [], "each": []})
+            if run.seed in into["seeds"]:
+                if not _is_dense(label):
+                    raise InputError(f"--group: {into['runs'][0]} and {name} are one job with one seed, {run.seed}: give one of them")
+                continue
+            into["runs"].append(name)
+            into["seeds"].append(run.seed)
+            into["experts"] = sorted({*into["experts"], *([row["experts"]] if row["experts"] else [])})
+            into["each"].append({key: row[key] for key in NUMBERS})
+    rows = sorted((_summary(row) for row in found.values()), key=lambda row: row["relative_time"])
+    return {
+        "protocol": runs[0].dense["protocol"],
+        "seeds": sorted({run.seed for run in runs}),
+        "grouped": group,
+        "sampler": _sampler(runs[0].dense),
+        "rows": rows,
+        "runs": [
+            {"name": name, "run_folder": str(run.folder), "seed": run.seed, "command": run.command}
+            for run, name in zip(runs, names, strict=True)
+        ],
+        "commit": commit(Path(__file__).parents[1]),
+    }
+
+
+def _row(run: Run, name: str, label: str, metrics: Mapping[str, Any], first: Run) -> dict[str, Any]:
+    """One row of one run. Time and MACs of all steps are relative to dense under the sampler of the ``first`` run."""
+    dense = first.dense
+    calls = metrics["calls"] / dense["calls"]
+    macs = metrics["gmacs_per_step"] / run.dense["gmacs_per_step"]
+    plan = not _is_dense(label) and ":" not in label  # else a published version, of which nothing else is known here
+    return {
+        "run": "" if _is_dense(label) else name,
+        "label": DENSE if _is_dense(label) else label,
+        "experts": run.experts if plan else None,
+        "sampler": _sampler(metrics),
+        "macs_per_step": macs,
+        "macs": calls * macs,
+        "relative_time": calls * metrics["ms_per_step"] / metrics["dense_ms_per_step"],
+        "ms_per_step": metrics["ms_per_step"],
+        "frechet": metrics.get("frechet"),
+        "kid": metrics.get("kid"),
+        "paired_mse": metrics["paired_mse"] if _sampler(run.dense) == _sampler(dense) else None,
+    }
+
+
+def _sampler(metrics: Mapping[str, Any]) -> str:
+    sampler = SamplerRef.from_json(metrics["sampler"])
+    return sampler.name + (f" eta {sampler.eta:g}" if sampler.eta else "")
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table: means over its seeds, and ``std``, the sample standard deviation, where there are several."""
+    means, std = {}, {}
+    each = row.pop("each")
+    for key in NUMBERS:
+        values = [one[key] for one in each]
+        whole = all(value is not None and math.isfinite(value) for value in values)
+        means[key] = fmean(values) if whole else None
+        if len(values) > 1:
+            std[key] = stdev(values) if whole else None
+    return {**row, **means, "n": len(each), "std": std}
+
+
+def commit(root: Path) -> str | None:
+    """Of the code, if ``root`` is a git checkout; said to be changed where files differ from it."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        told = [subprocess.check_output(["git", "-C", str(root), *words], text=True, stderr=subprocess.DEVNULL) for words in GIT]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told[0].strip() + (", changed since" if told[1].strip() else "")
+
+
+GIT = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def _cells(found: Mapping[str, Any]) -> list[list[str]]:
+    """The table's words, its head first; a column in which nothing stands, or which says the same of all runs, is left out."""
+    rows = found["rows"]
+    names = {row["run"] for row in rows} - {""}
+    columns = {
+        "run": [row["run"] if len(names) > 1 else "" for row in rows],
+        "": [row["label"] for row in rows],
+        "K": [", ".join(map(str, row["experts"])) for row in rows],
+        "sampler": [row["sampler"] for row in rows],
+        "n": [str(row["n"]) if found["grouped"] else "" for row in rows],
+    }
+    columns |= {title: [_number(row, key, text) for row in rows] for key, (title, text) in NUMBERS.items()}
+    kept = {title: cells for title, cells in columns.items() if any(cells)}
+    return [list(kept), *(list(row) for row in zip(*kept.values(), strict=True))]
+
+
+def _number(row: Mapping[str, Any], key: str, text: Callable[[float], str]) -> str:
+    value, spread = row[key], row["std"].get(key)
+    return "" if value is None else text(value) + (f" \N{PLUS-MINUS SIGN} {text(spread)}" if spread is not None else "")
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    sampler, seeds = found["sampler"], found["seeds"]
+    told = f"MACs/step: relative to dense. time: measured, of all steps, relative to dense under {sampler}."
+    if any(row["paired_mse"] is None for row in found["rows"]):
+        told += f" MSE: to dense under {sampler}; left out for what was paired with another."
+    if found["grouped"]:
+        told += " \N{PLUS-MINUS SIGN}: sample standard deviation over n seeds."
+    several = f"; also seeds {both(map(str, seeds[1:]))}" if len(seeds) > 1 else ""
+    return [told, measured_under(found["protocol"]) + several]
+
+
+def _sources(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """(run, the command that makes it)."""
+    return ((run["name"], run["command"] or "") for run in found["runs"])
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """For a terminal."""
+    cells = _cells(found)
+    left = [title in ("run", "", "sampler") for title in cells[0]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = zip(*([c.ljust(w) if to_left else c.rjust(w) for c in column] for column, w, to_left in _columns(cells, widths, left)), strict=True)
+    lines = ["  ".join(row).rstrip() for row in rows]
+    lines += ["", *_notes(found), *([f"code: commit {found['commit']}"] if found["commit"] else [])]
+    return "\n".join([*lines, *(f"{name}: {command or NO_COMMAND}" for name, command in _sources(found))])
+
+
+def _columns(cells: list[list[str]], widths: list[int], left: list[bool]) -> Iterable[tuple[tuple[str, ...], int, bool]]:
+    return zip(zip(*cells, strict=True), widths, left, strict=True)
+
+
+NO_COMMAND = "its folder does not record its job"
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table, and below it what it holds for and the commands that make its runs."""
+    head, *rows = _cells(found)
+    rule = [":--" if title in ("run", "", "sampler") else "--:" for title in head]
+    lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+    lines += [line for note in _notes(found) for line in ("", note)]
+    lines += ["", *([f"- code: commit {found['commit']}"] if found["commit"] else [])]
+    lines += [f"- {name}: " + (f"`{command}`" if command else NO_COMMAND) for name, command in _sources(found)]
+    return "\n".join(lines) + "\n"
