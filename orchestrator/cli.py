@@ -22,6 +22,7 @@ from orchestrator.cli_driver import driver
 from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_options import device_here, json_option, set_option, show
 from orchestrator.cli_profile import profile
+from orchestrator.cli_results import results as results_command
 from orchestrator.cli_sweep import sweep
 from orchestrator.words import gigabytes, gmacs, hours
 from workers.contracts import METRICS, InputError, RunFailed, VerificationError
@@ -84,6 +85,7 @@ main.add_command(evaluate)
 main.add_command(sweep)
 main.add_command(analyze)
 main.add_command(compare)
+main.add_command(results_command)
 
 
 @main.command()
@@ -151,10 +153,12 @@ def run(
 
     config = load_job(job, overrides)
     from orchestrator import planning, report
+    from orchestrator.results import record
 
     prepared = planning.make_ready(config)
     prepared.pipeline.select(only, prepared.pipeline.after(redo), until)  # refuses before anything is written
     with driver(prepared, inline) as (view, cluster):
+        record(prepared.store.folder, job, overrides, config.model_dump(mode="json", exclude={"storage", "registry", "resources"}))
         results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage, until)
         page = prepared.store.folder / "report.html"
         if "publish" in results and not report.is_current(prepared):

@@ -37,6 +37,7 @@ def evaluate(job: str, overrides: tuple[str, ...], only: tuple[str, ...], versio
 
     config = load_job(job, overrides)
     from orchestrator import evaluation, planning, stages
+    from orchestrator.results import TABLE
     from orchestrator.store import write_json
 
     prepared = planning.make_ready(config)
@@ -47,8 +48,9 @@ def evaluate(job: str, overrides: tuple[str, ...], only: tuple[str, ...], versio
         started = time.monotonic()
         metrics = evaluation.read_table(stages.evaluate(replace(ctx, cluster=cluster(), say=view.say), rows, "evaluate"))
         view.on_stage("evaluate", "finished", time.monotonic() - started)
-        found = {"protocol": metrics[evaluation.DENSE]["protocol"], "rows": metrics}
-        write_json(prepared.store.folder / evaluation.FOLDER / "table.json", found)
+        mixtures = ctx.fingerprints["finetune"]
+        found = {"protocol": metrics[evaluation.DENSE]["protocol"], "mixtures": mixtures, "rows": metrics}
+        write_json(prepared.store.folder / TABLE, found)
     show(found, as_json, lambda: text(found))
 
 

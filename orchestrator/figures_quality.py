@@ -1,42 +1,112 @@
-"""The report's figures of what quality costs: every measured row against its cost, and where along the timesteps quality is lost."""
+"""What quality costs, in one run or several: every measured row against its cost, and where along the timesteps quality is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from orchestrator.evidence import Evidence, Measured
-from orchestrator.figures import ALLOCATIONS, AXIS, DASHES, DPI, INK, KINDS, MUTED, WIDTH, _dash, _png
+from orchestrator.figures import ALLOCATIONS, AXIS, DASHES, DPI, GREEN, INK, KINDS, MUTED, RED, WIDTH, _dash, _png
+from orchestrator.figures_sweep import COLOURS
 from orchestrator.words import percent
+from workers.contracts import METRICS
 
 QUALITIES = {"frechet": "Frechet distance (log)", "paired_mse": "MSE to dense, same noise (log)"}
-COSTS: dict[str, tuple[str, Callable[[Evidence, Measured], float]]] = {
-    "MACs": ("MACs of all steps, relative to dense", Evidence.macs_ratio),
-    "time": ("measured time of all steps, relative to dense", Evidence.time_ratio),
-}
+COSTS = {"MACs": "MACs of all steps, relative to dense", "time": "measured time of all steps, relative to dense"}
+BELOW: dict[str, Any] = {"xytext": (-4, -13), "ha": "right", "size": 8}
+MARKERS = "osvD^Pp*"
+ABOVE: dict[str, Any] = {"xytext": (4, 4), "size": 7.5, "color": MUTED}
+
+
+class Point(NamedTuple):
+    """Costs of all steps relative to dense, the quality that they buy, its spread over seeds, and a word beside the point."""
+
+    macs: float
+    time: float
+    quality: float
+    note: str = ""
+    spread: float = 0.0
+
+
+class Series(NamedTuple):
+    """Points that are drawn alike. ``style``: how, for matplotlib; ``notes``: where and how their words stand."""
+
+    name: str
+    points: Sequence[Point]
+    style: Mapping[str, Any]
+    notes: Mapping[str, Any] = BELOW
 
 
 @_png
 def pareto(e: Evidence) -> Figure:
     """Quality against the cost of a whole trajectory: the dense model with fewer steps as a line, mixtures and baselines as points."""
+
+    def point(m: Measured, note: str) -> Point:
+        return Point(e.macs_ratio(m), e.time_ratio(m), _number(m.metrics.get(e.quality)), note)
+
+    job = e.prepared.job.sampler
+    dense = [(m.sampler or f"{job.scheduler}:{job.steps}", m) for m in e.measured if m.plan is None]
+    series = _dense_lines([(sampler, point(m, "")) for sampler, m in dense])
+    others = list(dict.fromkeys(m.kind for m in e.measured if m.plan and m.kind not in ALLOCATIONS))
+    colours = {**dict(zip(others, cycle((GREEN, RED, *COLOURS[4:])), strict=False)), **KINDS}
+    allocations = {**ALLOCATIONS, **{kind: f"{kind}, trained alike" for kind in others}}
+    for (kind, words), marker in zip(allocations.items(), cycle(MARKERS), strict=False):
+        points = [point(m, m.budget if kind == "mixture" else "") for m in e.measured if m.plan and m.kind == kind]
+        series.append(Series(words, points, _marks(colours[kind], marker), {**BELOW, "color": colours[kind]}))
+    return _pareto(series, e.quality, e.unrelated_mse if e.quality == "paired_mse" else math.nan)
+
+
+@_png
+def pareto_of_runs(found: Mapping[str, Any]) -> Figure:
+    """The same over several runs, as `results.collect` found them: a colour per run, a marker per kind of allocation."""
+    rows = found["rows"]
+    quality = "paired_mse" if all(row["frechet"] is None for row in rows) else "frechet"
+    names = list(dict.fromkeys(row["run"] for row in rows if row["run"]))
+    colours, markers = dict(zip(names, COLOURS * len(names), strict=False)), dict[str, str]()
+    alike: dict[tuple[str, str], list[Point]] = {}
+    dense = []
+    for row in rows:
+        budget, _, kind = row["label"].partition(" ")
+        point = Point(row["macs"], row["relative_time"], _number(row[quality]), _budget(budget), row["std"].get(quality) or 0.0)
+        if row["run"]:
+            alike.setdefault((row["run"], kind), []).append(point if not kind else point._replace(note=""))
+            markers.setdefault(kind, MARKERS[len(markers) % len(MARKERS)])
+        else:
+            dense.append((row["sampler"].partition(" ")[0], point))
+    series = _dense_lines(dense)
+    for (run, kind), points in alike.items():
+        notes = {**BELOW, "color": colours[run]}
+        series.append(Series(f"{run} {kind}".strip(), points, _marks(colours[run], markers[kind]), notes))
+    return _pareto(series, quality)
+
+
+def _budget(name: str) -> str:
+    """``latency-0.50`` as ``50% time``; the name of a published version as it is."""
+    metric, _, ratio = name.rpartition("-")
+    return percent(float(ratio)) + ("" if metric == "macs" else f" {METRICS[metric]}") if metric in METRICS else name
+
+
+def _pareto(series: Sequence[Series], quality: str, level: float = math.nan) -> Figure:
+    """A panel per cost, one axis of ``quality``, which is drawn on a log scale; ``level``: that of unrelated samples."""
     figure = Figure(figsize=(WIDTH, 4.1), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(COSTS), sharey=True)
-    for axes, (name, (label, cost)) in zip(panels, COSTS.items(), strict=True):
-        _dense_lines(axes, e, cost)
-        for (kind, words), marker in zip(ALLOCATIONS.items(), "osv", strict=True):
-            found = [m for m in e.measured if m.plan and m.kind == kind and _value(e, m) > 0]
-            points = sorted((cost(e, m), _value(e, m), m.budget) for m in found)
-            if points:
-                axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker, color=KINDS[kind], markersize=7, label=words)
-            for x, y, budget in points if kind == "mixture" else ():
-                axes.annotate(budget, (x, y), (-4, -13), textcoords="offset points", ha="right", size=8, color=KINDS[kind])
-        if e.quality == "paired_mse" and e.unrelated_mse > 0:
-            axes.axhline(e.unrelated_mse, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="two unrelated dense samples")
+    for axes, (name, label) in zip(panels, COSTS.items(), strict=True):
+        for one in series:
+            found = sorted((p.macs if name == "MACs" else p.time, p.quality, p.note, p.spread) for p in one.points if p.quality > 0)
+            if not found:
+                continue
+            x, y, notes, spread = zip(*found, strict=True)
+            axes.errorbar(x, y, yerr=spread if any(spread) else None, label=one.name, elinewidth=1, **one.style)
+            for note, *place in zip(notes, x, y, strict=True):
+                axes.annotate(note, place, textcoords="offset points", **one.notes)
+        if level > 0:
+            axes.axhline(level, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="two unrelated dense samples")
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -44,41 +114,35 @@ def pareto(e: Evidence) -> Figure:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
         axes.set(title=f"Quality against {name}", xlabel=label)
         axes.margins(x=0.1, y=0.12)
-    panels[0].set_ylabel(QUALITIES[e.quality])
+    panels[0].set_ylabel(QUALITIES[quality])
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=3)
     return figure
 
 
-def _value(e: Evidence, m: Measured) -> float:
+def _number(value: float | None) -> float:
     """NaN where it was not measured."""
-    value = m.metrics.get(e.quality)
-    return float("nan") if value is None else float(value)
+    return math.nan if value is None else float(value)
 
 
-def _dense_lines(axes: Axes, e: Evidence, cost: Callable[[Evidence, Measured], float]) -> None:
-    """One line per sampler, a point per number of steps. Dense itself is no distance from itself, so a paired error has no such point."""
-    job = e.prepared.job.sampler
-    lines: dict[str, list[tuple[float, float, int]]] = {}
-    for m in e.measured:
-        if m.plan is None and _value(e, m) > 0:
-            scheduler, _, steps = m.sampler.partition(":")
-            lines.setdefault(scheduler or job.scheduler, []).append((cost(e, m), _value(e, m), int(steps or job.steps)))
-    for (scheduler, points), dash in zip(lines.items(), DASHES * len(lines), strict=False):
-        points = sorted(points)
-        axes.plot(
-            [x for x, _, _ in points],
-            [y for _, y, _ in points],
-            color=INK,
-            linestyle=dash,
-            linewidth=1.2,
-            marker="D",
-            markersize=4,
-            label=f"dense, {scheduler} (number: steps)",
-        )
-        for x, y, count in points:
-            axes.annotate(str(count), (x, y), (4, 4), textcoords="offset points", size=7.5, color=MUTED)
+def _marks(colour: str, marker: str) -> dict[str, Any]:
+    return {"color": colour, "marker": marker, "markersize": 7, "linestyle": "none"}
+
+
+def _dense_lines(rows: Sequence[tuple[str, Point]]) -> list[Series]:
+    """One line per scheduler of (``ddim:25``, point), a point per number of steps. Dense itself is no distance from itself, so a paired
+    error has no such point."""
+    lines: dict[str, list[Point]] = {}
+    for sampler, point in rows:
+        scheduler, _, steps = sampler.partition(":")
+        lines.setdefault(scheduler, []).append(point._replace(note=steps))
+    style = {"color": INK, "linewidth": 1.2, "marker": "D", "markersize": 4}
+    return [
+        Series(f"dense, {scheduler} (number: steps)", points, {**style, "linestyle": dash}, ABOVE)
+        for (scheduler, points), dash in zip(lines.items(), DASHES * len(lines), strict=False)
+        if any(point.quality > 0 for point in points)
+    ]
 
 
 @_png

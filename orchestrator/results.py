@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.store import read_json, write_json
 from orchestrator.words import both, measured_under, percent, sig
-from workers.contracts import InputError, SamplerRef
+from workers.contracts import InputError, Partition, SamplerRef
 from workers.protocol import common_protocol
 from workers.records import differing
 
@@ -29,6 +29,8 @@ NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
     "paired_mse": ("MSE to dense", sig),
 }
 """Number of a row -> its column's title, and how it reads."""
+WORDS = ("run", "", "sampler")
+"""Titles of the columns that hold words."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,17 @@ class Run:
         Raises: InputError if the folder does not tell.
         """
         if self.job is None:
-            raise InputError(f"--group: {self.folder} does not record its job: the same `diffpruning run` again records it, and does no work")
+            raise InputError(
+                f"--group: {self.folder} does not record its job: the same `diffpruning run` again records it, and does no work"
+            )
         config = {key: value for key, value in self.job["config"].items() if key not in ("seed", "name", "model", "evaluate")}
         return {**config, "data": {**config["data"], "path": self.owner["data.path"][-1]}}
 
 
 def record(folder: Path, file: str, overrides: Sequence[str], config: Mapping[str, Any]) -> None:
-    """Write what a run folder's results come from, unless it says so. ``file`` and ``overrides``: as they were typed."""
-    found = {"schema": 1, "file": file, "set": list(overrides), "config": dict(config)}
-    if read_json(folder / JOB) != found:
-        write_json(folder / JOB, found)
+    """Write what a run folder's results come from, unless it says so, if in other words. ``file`` and ``overrides``: as they were typed."""
+    if (read_json(folder / JOB) or {}).get("config") != config:
+        write_json(folder / JOB, {"schema": 1, "file": file, "set": list(overrides), "config": config})
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def load(folder: Path) -> Run:
         raise InputError(f"nothing is measured in {folder}: `diffpruning run` or `diffpruning evaluate` on its job does that")
     if odd := [label for label, row in rows.items() if not row.get("protocol")]:
         raise InputError(f"{folder}: row {odd[0]!r} has no protocol: it was measured by an older version; run its job again")
-    experts = None if cut is None else len(cut["partition"]["boundaries"]) + 1
+    experts = None if cut is None else len(Partition.from_json(cut["partition"]))
     return Run(owner["name"], folder, owner, read_json(folder / JOB), experts, rows)
 
 
@@ -130,15 +133,16 @@ def _check(runs: Sequence[Run], names: Sequence[str], group: bool) -> None:
         odd = [key for key, _, _ in differing(first.dense["protocol"], run.dense["protocol"]) if key != "id"]
         if odd == ["seed"]:
             if not group:
-                raise InputError(
-                    f"{one} and {two} differ in the seed of their noise, {first.seed} and {run.seed}: --group gives mean and spread over seeds"
-                )
+                seeds = f"{first.seed} and {run.seed}"
+                raise InputError(f"{one} and {two} differ in the seed of their noise, {seeds}: --group gives mean and spread over seeds")
         elif odd:
             common_protocol({one: first.dense, two: run.dense})
-        timings = [r.dense.get("timing") for r in (first, run)]
-        if all(timings) and timings[0] != timings[1]:
-            texts = ", ".join(f"{key} {a} and {b}" for key, a, b in differing(*timings))
-            raise InputError(f"{one} and {two} cannot stand in one table: their times hold for {texts}: evaluate both under one latency section")
+        timing, other = first.dense.get("timing"), run.dense.get("timing")
+        if timing and other and timing != other:
+            texts = ", ".join(f"{key} {a} and {b}" for key, a, b in differing(timing, other))
+            raise InputError(
+                f"{one} and {two} cannot stand in one table: their times hold for {texts}: evaluate both under one latency section"
+            )
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -177,7 +181,7 @@ def collect(runs: Sequence[Run], group: bool = False) -> dict[str, Any]:
             into["runs"].append(name)
             into["seeds"].append(run.seed)
             into["experts"] = sorted({*into["experts"], *([row["experts"]] if row["experts"] else [])})
-            into["each"].append({key: row[key] for key in NUMBERS})
+            into["each"].append({name: row[name] for name in (*NUMBERS, "macs")})
     rows = sorted((_summary(row) for row in found.values()), key=lambda row: row["relative_time"])
     return {
         "protocol": runs[0].dense["protocol"],
@@ -223,7 +227,7 @@ def _summary(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table: means over its seeds, and ``std``, the sample standard deviation, where there are several."""
     means, std = {}, {}
     each = row.pop("each")
-    for key in NUMBERS:
+    for key in each[0]:
         values = [one[key] for one in each]
         whole = all(value is not None and math.isfinite(value) for value in values)
         means[key] = fmean(values) if whole else None
@@ -236,14 +240,14 @@ def commit(root: Path) -> str | None:
     """Of the code, if ``root`` is a git checkout; said to be changed where files differ from it."""
     if not (root / ".git").exists():
         return None
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(["git", "-C", str(root), *words], text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        told = [subprocess.check_output(["git", "-C", str(root), *words], text=True, stderr=subprocess.DEVNULL) for words in GIT]
+        return git("rev-parse", "HEAD") + (", changed since" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told[0].strip() + (", changed since" if told[1].strip() else "")
-
-
-GIT = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------
@@ -281,35 +285,31 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     return [told, measured_under(found["protocol"]) + several]
 
 
-def _sources(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """(run, the command that makes it)."""
-    return ((run["name"], run["command"] or "") for run in found["runs"])
+def _sources(found: Mapping[str, Any], quote: str = "") -> list[str]:
+    """The commit of the code, and the command that makes each run."""
+    lines = [f"code: commit {found['commit']}"] if found["commit"] else []
+    for run in found["runs"]:
+        command = f"{quote}{run['command']}{quote}" if run["command"] else "its folder does not record its job"
+        lines.append(f"{run['name']}: {command}")
+    return lines
 
 
 def text(found: Mapping[str, Any]) -> str:
     """For a terminal."""
     cells = _cells(found)
-    left = [title in ("run", "", "sampler") for title in cells[0]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rows = zip(*([c.ljust(w) if to_left else c.rjust(w) for c in column] for column, w, to_left in _columns(cells, widths, left)), strict=True)
-    lines = ["  ".join(row).rstrip() for row in rows]
-    lines += ["", *_notes(found), *([f"code: commit {found['commit']}"] if found["commit"] else [])]
-    return "\n".join([*lines, *(f"{name}: {command or NO_COMMAND}" for name, command in _sources(found))])
 
+    def line(row: list[str]) -> str:
+        padded = (c.ljust(w) if title in WORDS else c.rjust(w) for title, c, w in zip(cells[0], row, widths, strict=True))
+        return "  ".join(padded).rstrip()
 
-def _columns(cells: list[list[str]], widths: list[int], left: list[bool]) -> Iterable[tuple[tuple[str, ...], int, bool]]:
-    return zip(zip(*cells, strict=True), widths, left, strict=True)
-
-
-NO_COMMAND = "its folder does not record its job"
+    return "\n".join([*map(line, cells), "", *_notes(found), *_sources(found)])
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The table, and below it what it holds for and the commands that make its runs."""
     head, *rows = _cells(found)
-    rule = [":--" if title in ("run", "", "sampler") else "--:" for title in head]
+    rule = [":--" if title in WORDS else "--:" for title in head]
     lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
     lines += [line for note in _notes(found) for line in ("", note)]
-    lines += ["", *([f"- code: commit {found['commit']}"] if found["commit"] else [])]
-    lines += [f"- {name}: " + (f"`{command}`" if command else NO_COMMAND) for name, command in _sources(found)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *(f"- {line}" for line in _sources(found, "`"))]) + "\n"

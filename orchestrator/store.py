@@ -1,6 +1,7 @@
 """The run folder: fingerprints, atomic writes, done records, one lock. Knows nothing of diffusion.
 
     <storage>/<name>/run.json                     whose folder it is
+                     job.json                     the job and the command of the last `run`
                      cache/                       decoded images, shared by all stages
                      <stage>-<fingerprint>/       one stage under one set of settings; done.json is written last
                      train/<stage>-<unit>-<fp>/   checkpoints of the trainers

@@ -183,6 +183,7 @@ def _row(session: Session, item: RowTask, dense_ms: float) -> dict[str, Any]:
         **evaluate.speed(_joined(shards, "batches")),
         "sampler": SamplerRef(task.scheduler, task.steps, task.eta).to_json(),
         "protocol": item.protocol.told(),
+        "timing": task.timing.to_json(),
         "calls": len(sampler_timesteps(task.scheduler, families.load_scheduler_config(task.model), task.steps)),
     }
 

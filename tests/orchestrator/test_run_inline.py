@@ -325,6 +325,19 @@ def test_the_same_command_again_does_no_work_and_changes_nothing(run):
     assert tree(run.run, run.registry) == before
 
 
+def test_the_table_of_results_holds_what_the_run_measured(run):
+    assert run.again().exit_code == 0, "under these settings again"
+    done = diffpruning("results", run.run, "--group", "--json")
+    assert done.exit_code == 0, done.output
+    found, metrics = json.loads(done.stdout), run.done("publish")["result"]["metrics"]
+    rows = {row["label"]: row for row in found["rows"]}
+    assert set(metrics) == set(rows)
+    for label, measured in metrics.items():
+        assert [rows[label][key] for key in ("relative_time", "paired_mse")] == [measured["relative_time"], measured["paired_mse"]]
+    assert rows["macs-0.50"]["experts"] == [2]
+    assert [one["command"] for one in found["runs"]] == ["diffpruning run job.yaml"]
+
+
 def test_plan_says_what_the_run_has_left_to_do(run):
     def states(*changed: str) -> list[str]:
         planned = diffpruning("plan", run.folder / "job.yaml", "--json", *changed)
