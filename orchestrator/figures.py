@@ -9,7 +9,7 @@ import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, ParamSpec
 
 import numpy as np
@@ -33,9 +33,16 @@ INK, MUTED, PALE = "#1f2933", "#6b7280", "#e5e7eb"
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"  # Okabe & Ito: safe for colour-blind readers
 ALLOCATIONS = {"mixture": "mixture", "uniform": "uniform, trained alike", "cut only": "cut only, untrained"}
 KINDS = {"dense": INK, "mixture": BLUE, "uniform": ORANGE, "cut only": "#8a8f98"}
-BRANCHES = {"resnet": BLUE, "attention": ORANGE, "other": GREEN}
+OTHER_KINDS = (GREEN, RED, "#cc79a7", "#56b4e9")
+BRANCHES = {"resnet": BLUE, "attention": ORANGE, "transformer": GREEN, "other": "#cc79a7"}
 AXIS = "timestep t   (clean \N{RIGHTWARDS ARROW} noisy)"
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+_MARK = {"linestyle": "none", "markersize": 8, "markeredgewidth": 1.8, "markerfacecolor": "none"}
+MARKS: tuple[dict[str, Any], ...] = tuple(
+    {**_MARK, "marker": marker, "markeredgecolor": colour}
+    for marker, colour in (("o", BLUE), ("x", ORANGE), ("+", RED), ("v", GREEN), ("^", MUTED))
+)
+"""Of the chosen partition, then of the others."""
 SMALL = 128  # pixels; larger images are reduced in the page
 STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -73,26 +80,31 @@ def _png(draw: Callable[P, Figure]) -> Callable[P, bytes]:
 
 
 def short_name(site: str) -> str:
-    """``down_blocks.0.resnets.1`` -> ``d0.r1``."""
-    words = {"down_blocks": "d", "up_blocks": "u", "mid_block": "mid", "resnets": "r", "attentions": "a", "transformer_blocks": "t"}
-    return re.sub(r"(?<=[a-z])\.(?=\d)", "", ".".join(words.get(part, part) for part in site.split(".")))
+    """``down_blocks.0.resnets.1`` -> ``d0.r1``; ``down_blocks.0.downsamplers.0`` -> ``d0.s``."""
+    words = {"down_blocks": "d", "up_blocks": "u", "mid_block": "mid", "resnets": "r", "attentions": "a"}
+    parts = re.sub(r"(down|up)samplers\.0$", "s", site).split(".")
+    return re.sub(r"(?<=[a-z])\.(?=\d)", "", ".".join(words.get(part, part) for part in parts))
 
 
 def in_network_order(sites: Sequence[ElasticSite]) -> list[ElasticSite]:
-    """Down, middle, up; inside a block by number, the resnet before the attention that follows it."""
+    """Down, middle, up; inside a block by number, the resnet before the attention that follows it, the sampler last."""
 
     def place(site: ElasticSite) -> tuple[Any, ...]:
         parts = site.name.split(".")
         stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(parts[0], 3)
         numbers = [int(part) for part in parts if part.isdecimal()]
         block = numbers[:1] if stage != 1 else [0]
-        return stage, block, numbers[1 if stage != 1 else 0 :][:1], "resnets" not in parts, numbers, site.name
+        sampler = any(part.endswith("samplers") for part in parts)
+        return stage, block, sampler, numbers[1 if stage != 1 else 0 :][:1], "resnets" not in parts, numbers, site.name
 
     return sorted(sites, key=place)
 
 
 def _branch(site: ElasticSite) -> str:
-    return "attention" if site.unit == "head" else "resnet" if "resnet" in site.name else "other"
+    if site.unit == "head":
+        return "attention"
+    kinds = {"resnets": "resnet", "samplers": "resnet", "attentions": "transformer"}
+    return next((kind for word, kind in kinds.items() if word in site.name), "other")
 
 
 def _expert_colours(experts: int) -> list[Any]:
@@ -208,22 +220,19 @@ def _heat_map(figure: Figure, axes: Axes, matrix: SimilarityMatrix, partition: P
 
 def _cost_curve(axes: Axes, curve: Mapping[int, float], partitions: Mapping[str, tuple[Partition, float]]) -> None:
     axes.plot(list(curve), list(curve.values()), color=INK, marker="o", markersize=4)
-    (_, (partition, cost)), *baselines = partitions.items()
-    ring: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": BLUE, "markeredgewidth": 2}
-    axes.plot([len(partition)], [cost], "o", label=f"chosen: K = {len(partition)}", linestyle="none", **ring)
-    for (name, (other, value)), marker, colour in zip(baselines, "x+v^", (ORANGE, RED, GREEN, MUTED), strict=False):
-        axes.plot([len(other)], [value], marker, color=colour, markersize=8, markeredgewidth=1.8, linestyle="none", label=name)
+    for (partition, cost), mark in zip(partitions.values(), cycle(MARKS), strict=False):
+        axes.plot([len(partition)], [cost], **mark)
     axes.set(title="Cost of the best K intervals", xlabel="experts K", ylabel="relative to one interval", ylim=(0, 1.08))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower left")
 
 
 def _strips(axes: Axes, partitions: Mapping[str, tuple[Partition, float]]) -> None:
-    """Every partition as one bar over the timesteps."""
-    for row, (name, (partition, cost)) in enumerate(partitions.items()):
+    """Every partition as one bar over the timesteps, under its mark in the curve above."""
+    for row, ((name, (partition, cost)), mark) in enumerate(zip(partitions.items(), cycle(MARKS), strict=False)):
         for interval, colour in zip(partition.intervals, _expert_colours(len(partition)), strict=True):
             axes.barh(row, interval.length, left=interval.start, height=0.4, color=colour, edgecolor="white", linewidth=1.5)
-        axes.text(0, row - 0.27, name, va="bottom", size=8.5)
+        axes.plot([0.03 * partition.num_timesteps], [row - 0.45], clip_on=False, **mark | {"markersize": 6})
+        axes.text(0.07 * partition.num_timesteps, row - 0.27, f"{name}, K = {len(partition)}", va="bottom", size=8.5)
         axes.text(partition.num_timesteps, row - 0.27, f"cost {cost:.3f}", va="bottom", ha="right", size=8.5)
     axes.set(title="The cuts compared", xlabel="timestep t", ylim=(len(partitions) - 0.6, -0.75), yticks=[])
     axes.spines["left"].set_visible(False)
@@ -328,21 +337,21 @@ def training(curves: Mapping[str, Mapping[Interval, Points]]) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes in panels[1 + len(intervals) :]:
         axes.set_visible(False)
+    others = dict.fromkeys(kind for _, kind in map(_budget_and_kind, tuned) if kind not in KINDS)
+    colours = {**dict(zip(others, cycle(OTHER_KINDS), strict=False)), **KINDS}
     for interval, colour, axes in zip(intervals, _expert_colours(len(intervals)), panels[1:], strict=False):
         if points := curves.get("specialize", {}).get(interval):
-            panels[0].plot(*_smooth(points), color=colour, label=span(interval))
+            panels[0].plot(*_smooth(points), color=colour, label=f"specialize {span(interval)}")
         for name, found in tuned.items():
             budget, kind = _budget_and_kind(name)
             if interval in found:
-                axes.plot(*_smooth(found[interval]), color=KINDS[kind], linestyle=_dash(budget, tuned), linewidth=1.4, label=name)
+                axes.plot(*_smooth(found[interval]), color=colours[kind], linestyle=_dash(budget, tuned), linewidth=1.4, label=name)
         axes.set(title=f"finetune {span(interval)}", xlabel="step")
     panels[0].set(title="specialize", xlabel="step", ylabel="loss")
     for axes in panels[: 1 + len(intervals)]:
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    if curves.get("specialize"):
-        panels[0].legend(fontsize=7.5)
-    handles = {line.get_label(): line for axes in panels[1:] for line in axes.get_lines()}
+    handles = {line.get_label(): line for axes in panels[:] for line in axes.get_lines()}
     if handles:
         figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=min(4, len(handles)))
     return figure
@@ -350,8 +359,9 @@ def training(curves: Mapping[str, Mapping[Interval, Points]]) -> Figure:
 
 def _budget_and_kind(name: str) -> tuple[str, str]:
     """The parts of a `Measured.name`, or of its budget alone."""
-    kind = next((kind for kind in ALLOCATIONS if name.endswith(f" {kind}")), "")
-    return name.removesuffix(f" {kind}"), kind
+    parts = re.fullmatch(r"(\S+%(?: time)?)(?: (.*))?", name)
+    assert parts, name
+    return parts[1], parts[2] or ""
 
 
 def _dash(budget: str, names: Iterable[str]) -> Any:

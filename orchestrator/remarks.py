@@ -21,6 +21,9 @@ MISPREDICTED = 0.1
 SLACK = 0.02
 """Above its budget by no more than this, a measured time counts as within: clocks differ from run to run."""
 
+FEW_STEPS = 2
+"""An expert that serves fewer of the sampler's steps than this is warned of."""
+
 QUALITIES = {"frechet": "Frechet distance", "paired_mse": "MSE to dense"}
 LEVELS = ("warning", "note", "good")
 
@@ -185,5 +188,5 @@ def uncertain_cuts(e: Evidence) -> list[Remark]:
 def _few_steps(e: Evidence) -> list[Remark]:
     plan = e.chosen[0]
     served = {span(i): round(share * plan.budget.steps) for i, share in zip(plan.partition.intervals, plan.shares, strict=True)}
-    few = [f"{name} ({steps} of {plan.budget.steps})" for name, steps in served.items() if steps < 2]
+    few = [f"{name} ({steps} of {plan.budget.steps})" for name, steps in served.items() if steps < FEW_STEPS]
     return [Remark("warning", f"Fewer than two sampler steps for the expert of {both(few)}.")] if few else []

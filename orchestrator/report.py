@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -21,14 +22,18 @@ import jinja2
 
 from orchestrator import __version__, figures, figures_quality
 from orchestrator.evidence import Evidence, curves, gather, trainers, trials_of
-from orchestrator.remarks import RELIABLE, remarks, uncertain_cuts, verdict
+from orchestrator.remarks import FEW_STEPS, RELIABLE, remarks, uncertain_cuts, verdict
 from orchestrator.store import read_json
-from orchestrator.words import dropped, gmacs, measured_under, of_dense, percent, predicted_ms, sig, timing
-from workers.contracts import Cost, InputError
+from orchestrator.words import dropped, gmacs, measured_under, of_dense, percent, predicted_ms, sig, span, timing
+from workers.contracts import Cost, InputError, MixturePlan
+from workers.sensitivity import explain
 
 if TYPE_CHECKING:
     from orchestrator.planning import Prepared
 
+
+MOST_COLUMNS = 10
+"""As many fit the width of the page."""
 
 # --- the table of key figures ---------------------------------------------------------------------------------------
 
@@ -115,6 +120,14 @@ def cost_columns(e: Evidence) -> list[Column]:
     return [column for column in columns if column]
 
 
+def fitted(columns: list[Column]) -> list[list[Column]]:
+    """The cost columns as one table, or as two, of counts and of times, where one would be wider than the page."""
+    if len(columns) <= MOST_COLUMNS:
+        return [columns]
+    times = [column for column in columns if column.title in ("time", "predicted")]
+    return [[column for column in columns if column not in times], times]
+
+
 def _differ(values: Sequence[float], others: Sequence[float]) -> bool:
     """Whether any value was measured that is not about the other."""
     return any(math.isfinite(v) and not math.isclose(v, other, rel_tol=1e-3) for v, other in zip(values, others, strict=True))
@@ -133,10 +146,41 @@ def key_rows(e: Evidence, columns: Sequence[Column]) -> dict[str, list[Row]]:
             finite = [column.values[i] for i in rivals if math.isfinite(column.values[i])]
             best = column.best(finite) if column.best and m.plan and len(rivals) > 1 and finite else None
             cells.append((column.text(row), best is not None and column.text(row) == format(best, column.form)))
-        allocation = figures.ALLOCATIONS.get(m.kind, f"{m.kind} {m.sampler}".strip())
+        allocation = figures.ALLOCATIONS.get(m.kind) or (f"{m.kind}, trained alike" if m.plan else f"{m.kind} {m.sampler}".strip())
         name = f"mixture ({m.plan.agent})" if m.plan and m.kind == "mixture" else allocation
         groups.setdefault(of_dense(m.plan.budget) if m.plan else "", []).append((name, cells))
     return groups
+
+
+# --- the experts of a plan ------------------------------------------------------------------------------------------
+
+
+class ExpertRow(NamedTuple):
+    """One expert of a plan: the sampler's steps that it serves, its part of them, its cost as a part of dense, and why it is so."""
+
+    name: str
+    steps: int
+    share: float
+    cost: float
+    params: int
+    reasons: list[str]
+
+
+def expert_rows(plan: MixturePlan) -> list[ExpertRow]:
+    """From clean to noisy."""
+    names, metric = [span(interval) for interval in plan.partition.intervals], plan.budget.metric
+    reasons = plan.reasons or ((),) * len(names)
+    return [
+        ExpertRow(
+            name,
+            round(share * plan.budget.steps),
+            share,
+            cost.of(metric) / plan.dense_cost.of(metric),
+            cost.params,
+            explain([replace(reason, site=figures.short_name(reason.site)) for reason in why]),
+        )
+        for name, share, cost, why in zip(names, plan.shares, plan.expert_costs, reasons, strict=True)
+    ]
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -196,12 +240,14 @@ def build(prepared: Prepared) -> Path:
         verdict=verdict(e),
         remarks=remarks(e),
         warnings=[remark.text for remark in uncertain_cuts(e) if remark.level == "warning"],
-        tables=[(columns, key_rows(e, columns)) for columns in (quality_columns(e), cost_columns(e))],
+        tables=[(columns, key_rows(e, columns)) for columns in (quality_columns(e), *fitted(cost_columns(e)))],
         measured_under=measured_under(e.dense.metrics["protocol"]) if e.dense.metrics.get("protocol") else "",
         faster=any(m.sampler for m in e.measured),
         timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs),
         pipeline=_pipeline_class(prepared.job.model.path),
         trials=[(plan, trials_of(e, plan)) for plan in e.chosen],
+        experts=[(plan, expert_rows(plan)) for plan in e.chosen],
+        few_steps=FEW_STEPS,
         overlaps=[figures.overlap(stage, group) for stage, group in trainers(e).items()],
         missing=curves(e)[1],
         published=[(plan, published[plan.budget.name], _scheduler_class(published[plan.budget.name]["path"])) for plan in e.chosen],

@@ -38,6 +38,7 @@ class LatencyIdentity(Record):
     def digest(self) -> str:
         return digest_of(self.to_json())[:12]
 
+
 @dataclass(frozen=True)
 class LatencyValidation(Record):
     """Relative errors |predicted - measured| / measured over random whole sub-networks that the table was not made from."""

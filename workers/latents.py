@@ -77,6 +77,7 @@ class LatentKey(Record):
         """Bytes of one stored latent; an item has two."""
         return int(np.prod(self.stored_shape)) * np.dtype(DTYPES[self.dtype]).itemsize
 
+
 @dataclass(frozen=True)
 class EncodeTask(Record):
     """Encode items [start, stop) of the images at ``data`` into one shard. ``first_stage`` is its folder; ``key`` says how."""

@@ -32,7 +32,7 @@ class Record:
 
     def differences(self, wanted: Self) -> list[str]:
         """One text per field that differs: which, what it is here, and what is wanted."""
-        return [f"{key} is {mine}, wanted {theirs}" for key, mine, theirs in differing(_encode(self), _encode(wanted))]
+        return [f"{key} is {mine}, wanted {theirs}" for key, mine, theirs in differing(vars(self), vars(wanted))]
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -89,14 +89,14 @@ def _of_expert(problem: RouteProblem, rises: Sensitivity, spec: ArchitectureSpec
     return (*kept[:first], *cut[: most - first])
 
 
-def explain(name: str, found: Sequence[SiteReason]) -> list[str]:
-    """Lines for a report: why expert ``name`` is cut as it is."""
+def explain(found: Sequence[SiteReason]) -> list[str]:
+    """Lines for a report: why an expert is cut as it is."""
     lines = []
     for reason in found:
         loss, cost = f"loss {reason.rise:+.3f}", f"{reason.saves:.1%} of the dense cost"
         if reason.choice == reason.dense:
-            lines.append(f"{name}: {reason.site} kept whole: without it, {loss} for {cost}")
+            lines.append(f"{reason.site} kept whole: without it, {loss} for {cost}")
         else:
             how = "dropped" if reason.choice == 0 else f"cut to {reason.choice} of {reason.dense}"
-            lines.append(f"{name}: {reason.site} {how}: {loss}, saves {cost}")
+            lines.append(f"{reason.site} {how}: {loss}, saves {cost}")
     return lines

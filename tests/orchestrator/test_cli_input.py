@@ -314,7 +314,7 @@ def test_a_corrupt_image_in_the_middle_is_named_and_nothing_is_kept_of_the_rest(
     assert last.endswith("): repair or remove it, or set data.on_error: skip")
     assert [line.split() for line in progress] == [["analyze", "running"]]
     run = Path("runs/quickstart")
-    assert {path.name for path in run.rglob("*") if path.is_file()} == {"run.json", "progress.json", ".lock"}
+    assert {path.name for path in run.rglob("*") if path.is_file()} == {"run.json", "job.json", "progress.json", ".lock"}
     assert json.loads((run / "progress.json").read_text())["units"] == []
 
 
@@ -435,7 +435,7 @@ def test_full_storage_ends_the_run_with_one_line_and_the_same_command_continues(
     assert last.endswith("make room and run the same command again; finished work is kept")
     assert [line.split() for line in progress] == [["analyze", "running"]]
     left = {path.name for path in Path("runs").rglob("*") if path.is_file()}
-    assert left == {"run.json", "progress.json", ".lock"}, "half-written files stayed"
+    assert left == {"run.json", "job.json", "progress.json", ".lock"}, "half-written files stayed"
     done = analyze(images)
     assert done.exit_code == 0, done.output
 

@@ -30,6 +30,7 @@ from workers.contracts import (
     Partition,
     SearchSpace,
     SimilarityMatrix,
+    SiteReason,
 )
 from workers.cost import CostTable
 
@@ -318,8 +319,54 @@ def test_only_the_best_of_a_budget_is_marked(tmp_path: Path) -> None:
     assert not any(cells[0][1] for _, cells in costs["50% of dense MACs"])  # a smaller cost at a given budget is no merit
 
 
+def test_experts_tell_their_steps_costs_and_reasons(tmp_path: Path) -> None:
+    budget, partition = Budget("macs", 0.5, "ddim", 20), Partition.from_boundaries((50,), T)
+    kept = SiteReason("down_blocks.0.resnets.0", 4, 4, 0.25, 0.041)
+    gone = SiteReason("down_blocks.0.downsamplers.0", 0, 4, 0.001, 0.1)
+    found = replace(plan(budget, "era", partition, 1.0, 1), reasons=((kept, gone), (gone,)))
+    few, many = report.expert_rows(found)
+    assert (few.name, few.steps, few.share, few.cost) == ("t 0\N{EN DASH}50", 1, 0.05, 0.5)
+    assert (many.steps, many.share, many.params) == (19, 0.95, 1_510_000)
+    assert few.reasons == [
+        "d0.r0 kept whole: without it, loss +0.250 for 4.1% of the dense cost",
+        "d0.s dropped: loss +0.001, saves 10.0% of the dense cost",
+    ]
+    assert many.reasons == few.reasons[1:]
+    assert [row.reasons for row in report.expert_rows(replace(found, reasons=()))] == [[], []]
+
+
+@pytest.mark.parametrize(("boundary", "marks"), [(50, 2), (100, 0)])
+def test_an_expert_of_fewer_than_two_steps_is_marked_in_the_page(tmp_path: Path, boundary: int, marks: int) -> None:
+    page = report.build(finished_run(tmp_path, boundaries=(boundary,))).read_text()
+    assert page.count("1 of 20 &#9888;") == marks  # once per budget
+    assert page.count("(an expert serves fewer than 2 steps)") == marks
+
+
+def test_costs_that_are_wider_than_the_page_are_two_tables() -> None:
+    columns = [report.Column(title, unit, [1.0], ".1f") for title in ("MACs", "parameters", "time", "predicted") for unit in "abc"]
+    assert report.fitted(columns[:10]) == [columns[:10]]
+    assert report.fitted(columns) == [columns[:6], columns[6:]]
+
+
+def test_training_is_drawn_for_every_agent_that_was_fine_tuned() -> None:
+    interval, points = Interval(0, 10), [(1, 0.5), (2, 0.25)]
+    names = ("specialize", "50% mixture", "50% time uniform", "50% greedy", "50% time evolution")
+    assert figures.training({name: {interval: points} for name in names}).startswith(b"\x89PNG")
+    assert [figures._budget_and_kind(name) for name in (*names[1:], "65% cut only", "50% time")] == [
+        ("50%", "mixture"),
+        ("50% time", "uniform"),
+        ("50%", "greedy"),
+        ("50% time", "evolution"),
+        ("65%", "cut only"),
+        ("50% time", ""),
+    ]
+
+
 def test_sites_are_named_briefly_and_stand_in_network_order() -> None:
     assert [figures.short_name(site.name) for site in figures.in_network_order(SITES)] == ["d0.r0", "d0.a0", "mid.a0", "u0.r0"]
+    names = ("up_blocks.0.upsamplers.0", "down_blocks.0.downsamplers.0", "up_blocks.0.resnets.1", "down_blocks.0.attentions.1")
+    sites = figures.in_network_order([ElasticSite(name, (0, 1), "group") for name in names])
+    assert [figures.short_name(site.name) for site in sites] == ["d0.a1", "d0.s", "u0.r1", "u0.s"]
 
 
 def test_most_at_once_counts_what_overlaps() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from workers import contracts
 from workers.contracts import ArchitectureSpec, Cost, ElasticSite, InputError, Interval, Partition, Record, SearchSpace, SimilarityMatrix
+from workers.records import differing
 
 ROOT = Path(__file__).parents[2]
 PARTITION = Partition.from_boundaries([300, 700], 1000)
@@ -81,6 +82,17 @@ def test_every_record_type_has_an_example_here():
 @every_record
 def test_a_record_comes_back_equal_from_json(record):
     assert type(record).from_json(as_read(record)) == record
+
+
+def test_records_tell_every_field_that_differs():
+    one, other = Interval(0, 10), Interval(0, 20)
+    assert one.differences(one) == []
+    assert one.differences(other) == ["stop is 10, wanted 20"]
+    assert differing({"a": "0" * 64, "b": 1}, {"a": "1" * 64, "c": (2,)}) == [
+        ("a", "0" * 12, "1" * 12),
+        ("b", "1", "None"),
+        ("c", "None", "(2,)"),
+    ]
 
 
 @every_record
