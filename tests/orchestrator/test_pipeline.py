@@ -320,6 +320,7 @@ FIRST_STALE = {
     "latency": "publish",
     "export": "publish",
     "finetune": "finetune",
+    "finetune.compare": "route",  # its agents have to search
     "evaluate": "publish",
     "resources": None,
 }
