@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestrator.evidence import Evidence, trials_of
-from orchestrator.words import both, dropped, label, of_the_dense_model, percent, sig, span
+from orchestrator.words import FEW_STEPS, both, dropped, label, of_the_dense_model, percent, sig, span
 from workers.contracts import MixturePlan
 
 FAR = 0.25
@@ -20,9 +20,6 @@ MISPREDICTED = 0.1
 """A time is mispredicted if measured and predicted part of dense's differ by more than this, relatively."""
 SLACK = 0.02
 """Above its budget by no more than this, a measured time counts as within: clocks differ from run to run."""
-
-FEW_STEPS = 2
-"""An expert that serves fewer of the sampler's steps than this is warned of."""
 
 QUALITIES = {"frechet": "Frechet distance", "paired_mse": "MSE to dense"}
 LEVELS = ("warning", "note", "good")
@@ -186,7 +183,12 @@ def uncertain_cuts(e: Evidence) -> list[Remark]:
 
 
 def _few_steps(e: Evidence) -> list[Remark]:
-    plan = e.chosen[0]
-    served = {span(i): round(share * plan.budget.steps) for i, share in zip(plan.partition.intervals, plan.shares, strict=True)}
-    few = [f"{name} ({steps} of {plan.budget.steps})" for name, steps in served.items() if steps < FEW_STEPS]
-    return [Remark("warning", f"Fewer than two sampler steps for the expert of {both(few)}.")] if few else []
+    """Per expert and sampler, and per budget where it does not hold for all of them."""
+    few: dict[str, list[str]] = {}
+    for plan in e.chosen:
+        sampler, steps = plan.budget.scheduler, plan.budget.steps
+        for interval, share in zip(plan.partition.intervals, plan.shares, strict=True):
+            if (served := round(share * steps)) < FEW_STEPS:
+                few.setdefault(f"{span(interval)} ({served} of the {steps} of {sampler})", []).append(label(plan.budget))
+    found = [text + ("" if len(budgets) == len(e.chosen) else f" at {both(budgets)}") for text, budgets in few.items()]
+    return [Remark("warning", f"Fewer than two sampler steps for the expert of {both(found)}.")] if found else []

@@ -22,9 +22,9 @@ import jinja2
 
 from orchestrator import __version__, figures, figures_quality
 from orchestrator.evidence import Evidence, curves, gather, trainers, trials_of
-from orchestrator.remarks import FEW_STEPS, RELIABLE, remarks, uncertain_cuts, verdict
+from orchestrator.remarks import RELIABLE, remarks, uncertain_cuts, verdict
 from orchestrator.store import read_json
-from orchestrator.words import dropped, gmacs, measured_under, of_dense, percent, predicted_ms, sig, span, timing
+from orchestrator.words import FEW_STEPS, dropped, gmacs, measured_under, of_dense, percent, predicted_ms, sig, span, timing
 from workers.contracts import Cost, InputError, MixturePlan
 from workers.sensitivity import explain
 

@@ -22,7 +22,7 @@ from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry
 from orchestrator.store import RunStore, write_json
-from orchestrator.words import predicts
+from orchestrator.words import few_steps, predicts
 from workers import data, families, first_stage, latents, partition, tasks, tasks_evaluate
 from workers.contracts import (
     DenoiserRef,
@@ -38,6 +38,7 @@ from workers.contracts import (
     SimilarityMatrix,
     SimilarityTask,
     derive_seed,
+    digest_of,
 )
 from workers.cost import cost_table, require_reachable
 from workers.latency_table import LatencyTable
@@ -147,10 +148,9 @@ def route(ctx: Context) -> dict[str, Any]:
     for budget, plan in chosen.items():
         losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans if p.budget.name == budget)
         ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} (search loss: {losses})")
-        for interval, share in zip(plan.partition.intervals, plan.shares, strict=True):
-            served = round(share * job.sampler.steps)
-            if served < 2:
-                ctx.say(f"  warning: {interval.name} serves {served} of {job.sampler.steps} sampler steps; two or more are better")
+    served = {f"{p.budget.scheduler}:{p.budget.steps}": [round(share * p.budget.steps) for share in p.shares] for p in chosen.values()}
+    for warning in few_steps(item.partition, served):
+        ctx.say(f"  warning: {warning}")
     return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans]}
 
 
@@ -160,7 +160,7 @@ def agents_of(job: JobConfig) -> list[str]:
 
 
 def route_task(ctx: Context, stage: str = "route") -> RouteTask:
-    """What the trials of a plan search share: the elastic experts, and their sensitivity tables, measured into the context's folder."""
+    """What the trials of a plan search share: the elastic experts, and their sensitivity tables, measured once for route and all sweeps."""
     job, settings = ctx.job, ctx.job.router
     images, train, _ = _images(ctx)
     experts = tuple(_located(ctx, e) for e in ctx.results["specialize"]["experts"])
@@ -180,9 +180,16 @@ def route_task(ctx: Context, stage: str = "route") -> RouteTask:
         stage=stage,
         mixed_precision=job.specialize.mixed_precision,
     )
-    tables = [(item, k, str(ctx.folder / f"sensitivity-{expert.interval.name}.json")) for k, expert in enumerate(experts)]
+    tables = [(item, k, str(_sensitivity_file(ctx, expert))) for k, expert in enumerate(experts)]
     ctx.cluster.scatter(tasks.expert_sensitivity, [table for table in tables if not Path(table[2]).exists()])
     return replace(item, sensitivity=tuple(out for _, _, out in tables))
+
+
+def _sensitivity_file(ctx: Context, expert: ExpertCheckpoint) -> Path:
+    """Where an expert's sensitivities lie: as good as new while its weights and the calibration images are the same."""
+    trained = [ctx.fingerprints["specialize"], expert.interval.name, expert.step, expert.loss, expert.ended]
+    measured = [ctx.job.router.images, next(stage.version for stage in STAGES if stage.name == "route")]
+    return ctx.store.folder / "cache" / f"sensitivity-{expert.interval.name}-{digest_of([trained, measured])[:10]}.json"
 
 
 def finetune(ctx: Context) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from orchestrator.config import BudgetConfig, JobConfig
 from orchestrator.pipeline import Context, Pipeline, Stage
 from orchestrator.planning import Prepared
 from orchestrator.stages import STAGES, agents_of, route_task
-from workers import diffusion, families, names_in, tasks
-from workers.contracts import METRICS, Budget, InputError, Partition, digest_of
+from orchestrator.words import few_steps
+from workers import diffusion, families, names_in, routers, tasks
+from workers.contracts import METRICS, Budget, InputError, Partition, RouteTask, digest_of
 from workers.cost import require_reachable
 from workers.files import replacing
-from workers.trials import SearchTrial
+from workers.trials import FrontTask, SearchTrial
 
 TABLE = pa.schema(
     [
@@ -39,6 +40,8 @@ TABLE = pa.schema(
         ("gain_error", pa.float64()),
         ("relative_search_loss", pa.float64()),
         ("search_seconds", pa.float64()),
+        ("images", pa.int64()),
+        ("shared_by", pa.int64()),
         ("macs_ratio", pa.float64()),
         ("time_ratio", pa.float64()),
         ("steps_per_expert", pa.list_(pa.int64())),
@@ -50,8 +53,9 @@ TABLE = pa.schema(
 )
 """One row per trial. ``loss``: of the plan, on images that no agent searched on; ``gain``: how much lower than the uniform plan's, with its
 standard error; null, as all of a plan, for a trial that was stopped early. ``relative_search_loss``: best so far, as a part of the uniform
-plan's at the same budget and sampler. ``time_ratio``: predicted, where the sweep has a latency table. ``loads``: how often the trial's
-``worker`` process had read the experts by then."""
+plan's at the same budget and sampler. ``images``: that the search ran through sub-networks and no trial of its process had before, a
+gradient counting as three. ``shared_by``: trials that one search serves; its seconds and images are shared out evenly. ``time_ratio``:
+predicted, where the sweep has a latency table. ``loads``: how often the trial's ``worker`` process had read the experts by then."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Axes:
     agents: tuple[str, ...]
     seeds: tuple[int, ...]
     stop_early: bool
+
+    @property
+    def fronts(self) -> tuple[str, ...]:
+        """The agents of which one search serves all budgets of a sampler and a seed."""
+        return tuple(agent for agent in self.agents if len(self.ratios) > 1 and routers.serves_fronts(agent))
 
     def budgets(self) -> dict[tuple[str, str], Budget]:
         """(name of the budget, sampler) -> the budget."""
@@ -142,17 +151,27 @@ def with_sweep(prepared: Prepared, axes: Axes) -> Prepared:
         diffusion.sampler_timesteps(budget.scheduler, scheduler, budget.steps)
         if budget.metric == "macs":  # time has to be measured first
             require_reachable(prepared.table, budget.ratio, "--budgets")
-    stage = Stage("sweep", functools.partial(sweep, axes), ("specialize",), ("router", "sweep"), ("router.agents", "router.seeds"))
+    place = [stage.name for stage in STAGES].index("route")
+    stage = Stage(
+        name="sweep",
+        run=functools.partial(sweep, axes),
+        needs=("specialize",),
+        reads=("router", "sweep"),
+        ignores=("router.agents", "router.seeds"),
+        version=10 * STAGES[place].version + 1,  # what a search finds changes for both
+    )
     timing = digest_of(prepared.job.timing().to_json()) if axes.metric == "latency" else ""
     before = prepared.pipeline
     settings = {**before.settings, "sweep": {**asdict(axes), "timing": timing}}
-    place = 1 + [stage.name for stage in STAGES].index("specialize")
     pipeline = Pipeline((*STAGES[:place], stage, *STAGES[place:]), settings, before.identity, before.store)
     return replace(prepared, pipeline=pipeline)
 
 
 def sweep(axes: Axes, ctx: Context) -> dict[str, Any]:
-    """Every combination is one trial over the same elastic experts; leaves a table and a picture in the context's folder."""
+    """Every combination is one trial over the same elastic experts; leaves a table and a picture in the context's folder.
+
+    Where one search of an agent serves all budgets, it is one task; the other trials are the cluster's search.
+    """
     budgets = axes.budgets()
     asked = [BudgetConfig(metric=axes.metric, ratio=ratio) for ratio in axes.ratios]
     item = route_task(replace(ctx, job=ctx.job.model_copy(update={"budgets": asked})), "sweep")
@@ -160,13 +179,15 @@ def sweep(axes: Axes, ctx: Context) -> dict[str, Any]:
         f"{name}/{sampler}/{agent}/{seed}": replace(item, budget=budget, agent=agent, search_seed=seed)
         for ((name, sampler), budget), agent, seed in itertools.product(budgets.items(), axes.agents, axes.seeds)
     }
+    found = _fronts(ctx, axes, budgets, item)
     values = {
         "budget": list(dict.fromkeys(name for name, _ in budgets)),
         "sampler": list(axes.samplers),
-        "agent": list(axes.agents),
+        "agent": [agent for agent in axes.agents if agent not in axes.fronts],
         "seed": list(axes.seeds),
     }
-    found = ctx.cluster.search(tasks.search_plan, values, trials, ctx.folder, axes.stop_early)
+    alone = {key: task for key, task in trials.items() if key not in found}
+    found |= ctx.cluster.search(tasks.search_plan, values, alone, ctx.folder, axes.stop_early)
     served = {}
     scheduler = families.load_scheduler_config(ctx.job.model.path)
     for sampler, budget in {sampler: budget for (_, sampler), budget in budgets.items()}.items():
@@ -178,6 +199,24 @@ def sweep(axes: Axes, ctx: Context) -> dict[str, Any]:
     with replacing(ctx.folder / "pareto.png") as path:
         path.write_bytes(figures_sweep.pareto(rows))
     return {"axes": asdict(axes), "partition": item.partition.to_json(), "served": served}
+
+
+def _fronts(ctx: Context, axes: Axes, budgets: Mapping[tuple[str, str], Budget], item: RouteTask) -> dict[str, SearchTrial]:
+    """The trials of agents that serve all budgets in one search, by their keys; a search that ended is not run again."""
+    fronts = {
+        (sampler, agent, seed): FrontTask(
+            task=replace(item, agent=agent, search_seed=seed),
+            budgets=tuple(budget for (_, of), budget in budgets.items() if of == sampler),
+            out=str(ctx.folder / f"front-{sampler.replace(':', '-')}-{agent}-{seed}.json"),
+        )
+        for sampler, agent, seed in itertools.product(axes.samplers, axes.fronts, axes.seeds)
+    }
+    ctx.cluster.scatter(tasks.search_front, [front for front in fronts.values() if not Path(front.out).exists()])
+    found: dict[str, SearchTrial] = {}
+    for (sampler, agent, seed), front in fronts.items():
+        trials = map(SearchTrial.from_json, json.loads(Path(front.out).read_text()))
+        found |= {f"{budget.name}/{sampler}/{agent}/{seed}": trial for budget, trial in zip(front.budgets, trials, strict=True)}
+    return found
 
 
 def _row(budget: Budget, agent: str, seed: int, trial: SearchTrial, served: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -197,6 +236,8 @@ def _row(budget: Budget, agent: str, seed: int, trial: SearchTrial, served: Mapp
         "gain_error": plan and plan.gain_error,
         "relative_search_loss": trial.relative_loss,
         "search_seconds": trial.seconds,
+        "images": trial.images,
+        "shared_by": trial.shared_by,
         "macs_ratio": plan and plan.macs_ratio,
         "time_ratio": plan.cost("latency") / plan.dense_cost.of("latency") if plan and timed else None,
         "steps_per_expert": list(served[sampler]),
@@ -226,6 +267,8 @@ def read(run: Path, name: str | None = None) -> dict[str, Any]:
     rows = pq.read_table(run / folder / "trials.parquet").to_pylist()
     for row in rows:
         row["plan"] = row["plan"] and json.loads(row["plan"])
+        row.setdefault("images", None)  # a table of an older version
+        row.setdefault("shared_by", 1)
     return {
         "id": folder.removeprefix("sweep-"),
         "folder": str(run / folder),
@@ -234,19 +277,10 @@ def read(run: Path, name: str | None = None) -> dict[str, Any]:
         "axes": result["axes"],
         "intervals": [interval.name for interval in Partition.from_json(result["partition"]).intervals],
         "steps_per_expert": result["served"],
-        "warnings": _warnings(Partition.from_json(result["partition"]), result["served"]),
+        "warnings": few_steps(Partition.from_json(result["partition"]), result["served"]),
         "trials": rows,
         "figure": str(run / folder / "pareto.png"),
     }
-
-
-def _warnings(partition: Partition, served: Mapping[str, Sequence[int]]) -> list[str]:
-    return [
-        f"{interval.name} serves {steps} of {sampler}'s {sum(counts)} steps; two or more are better"
-        for sampler, counts in served.items()
-        for interval, steps in zip(partition.intervals, counts, strict=True)
-        if steps < 2
-    ]
 
 
 def text(found: dict[str, Any]) -> str:
@@ -259,7 +293,7 @@ def text(found: dict[str, Any]) -> str:
         + f", in {workers} worker process{'es' * (workers > 1)}",
         "",
         f"{'budget':<15}{'sampler':<17}{'agent':<16}{'seed':>4}{'loss':>10}{'gain':>9}{'+-':>8}{'/ uniform':>11}{'MACs':>8}"
-        + f"{'time':>8}" * timed + f"{'seconds':>9}   steps per expert",
+        + f"{'time':>8}" * timed + f"{'seconds':>9}{'images':>11}   steps per expert",
     ]  # fmt: skip
     for row in sorted(rows, key=lambda r: (r["sampler"], -r["steps"], r["ratio"], r["stopped_early"], r["loss"] or 0)):
         losses = "".join(
@@ -271,9 +305,12 @@ def text(found: dict[str, Any]) -> str:
             f"{row['metric'] + '-' + format(row['ratio'], '.2f'):<15}{row['sampler'] + ':' + str(row['steps']):<17}{row['agent']:<16}"
             f"{row['seed']:>4}{losses}{row['relative_search_loss']:>11.3f}"
             + "".join(f"{'-':>8}" if cost is None else f"{cost:>8.3f}" for cost in costs)
-            + f"{row['search_seconds']:>9.1f}   "
+            + f"{row['search_seconds']:>9.1f}"
+            + (f"{'-':>11}   " if row["images"] is None else f"{row['images']:>11,}   ")
             + (f"stopped at {row['progress']:.0%}" if row["stopped_early"] else " ".join(map(str, row["steps_per_expert"])))
         )
+    shared = {row["agent"]: row["shared_by"] for row in rows if row["shared_by"] > 1}
+    lines += [f"{agent}: one search serves all {n} budgets; its seconds and images are shared out evenly" for agent, n in shared.items()]
     lines += ["", f"{'steps per expert':<18}" + "".join(f"{name:>14}" for name in found["intervals"])]
     lines += [f"{sampler:<18}" + "".join(f"{n:>14}" for n in counts) for sampler, counts in found["steps_per_expert"].items()]
     lines += [f"warning: {warning}" for warning in found["warnings"]]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from workers.contracts import Budget, Interval, MixturePlan
+from workers.contracts import Budget, Interval, MixturePlan, Partition
 
 DOUBTFUL_ERROR = 0.1
 """Median prediction error of a latency table beyond which something else was probably running."""
+
+FEW_STEPS = 2
+"""An expert that serves fewer of a sampler's steps than this is warned of."""
 
 
 def percent(ratio: float) -> str:
@@ -61,6 +64,16 @@ def gmacs(macs: float, without_attention: float) -> str:
         return f"{value / 1e9:.2f}" if value >= 1e9 else sig(value / 1e9)
 
     return f"{text(macs)} GMACs" + (f" ({text(without_attention)} without attention products)" if without_attention != macs else "")
+
+
+def few_steps(partition: Partition, served: Mapping[str, Sequence[int]]) -> list[str]:
+    """A sentence for every expert and sampler (``ddim:20``) of whose steps it serves fewer than FEW_STEPS."""
+    return [
+        f"{interval.name} serves {steps} of {sampler}'s {sum(counts)} steps; two or more are better"
+        for sampler, counts in served.items()
+        for interval, steps in zip(partition.intervals, counts, strict=True)
+        if steps < FEW_STEPS
+    ]
 
 
 def gigabytes(count: float) -> str:

@@ -51,25 +51,23 @@ class Archive:
 
 def refine(problem: RouteProblem, archive: Archive, passes: float, rng: random.Random) -> None:
     """Improve the archive around its best plan for ``problem.ratio``, with at most about ``passes`` forward passes of whole batches."""
-    spent, idle, turn = 0.0, 0, 0
-    while spent < passes and idle < PATIENCE:
+    start, idle, turn = problem.passes, 0, 0
+    while (spent := problem.passes - start) < passes and idle < PATIENCE:
         plan = archive.best(problem.ratio)
-        rises, used = _rises_around(problem, plan, (passes - spent) / 2, turn, rng)
-        before = problem.passes
+        rises = _rises_around(problem, plan, (passes - spent) / 2, turn, rng)
+        affordable = problem.passes - start > spent
         candidates = (best_sum(problem, _opened(rises, plan, part, rng)) for part in OPEN)
         archive.add(dict.fromkeys(specs for specs in candidates if specs is not None))
-        spent += used + problem.passes - before
         turn += 1
         idle = 0 if archive.best(problem.ratio) != plan else idle + 1
-        if not used:
+        if not affordable:
             return
 
 
-def _rises_around(problem: RouteProblem, plan: Specs, passes: float, turn: int, rng: random.Random) -> tuple[list[Sensitivity], float]:
-    """Sensitivities around a plan, and what they cost in passes of whole batches. Where not all sites can be afforded, some at random."""
+def _rises_around(problem: RouteProblem, plan: Specs, passes: float, turn: int, rng: random.Random) -> list[Sensitivity]:
+    """Sensitivities around a plan, for at most so many passes. Where not all sites can be afforded, those of some at random."""
     active = [k for k, weight in enumerate(problem.weights) if weight > 0]
     rises: list[Sensitivity] = [{site: {choice: 0.0} for site, choice in spec.choices.items()} for spec in plan]
-    used = 0.0
     for k in active:
         batch = problem.search_batches[k]
         step = max(1, len(batch) // max(FEW_IMAGES, len(batch) // FEW_PART))
@@ -80,11 +78,11 @@ def _rises_around(problem: RouteProblem, plan: Specs, passes: float, turn: int, 
             if room < each:
                 break
             sites.append(site)
-            used += each * len(ranks_around(site, plan[k][site.name]))
         if sites:
-            used += each
+            networks = 1 + sum(len(ranks_around(site, plan[k][site.name])) for site in sites)
+            problem.effort.images += networks * len(part)
             rises[k] = {**rises[k], **measure_sensitivity(problem.experts[k], part, around=plan[k], sites=sites)}
-    return rises, used
+    return rises
 
 
 def _opened(rises: list[Sensitivity], plan: Specs, part: float, rng: random.Random) -> list[Sensitivity]:

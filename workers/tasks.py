@@ -52,7 +52,7 @@ from workers.latency_table import LatencyTable, table_path
 from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.training import WHOLE, fit, sandwich
-from workers.trials import SearchTrial
+from workers.trials import FrontTask, SearchTrial
 
 
 def build_images(session: Session, item: ImageTask) -> dict[str, Any]:
@@ -295,39 +295,74 @@ def expert_sensitivity(session: Session, item: tuple[RouteTask, int, str]) -> st
 
 def search_plan(session: Session, item: RouteTask) -> SearchTrial:
     """One trial: one agent searches one budget with one seed, and tells the session how it goes. Raises: BudgetUnreachable."""
-    budget, started = item.budget, time.perf_counter()
-    unit = f"{budget.name} {budget.scheduler}-{budget.steps} {item.agent} seed {item.search_seed}"
-    session.report(Progress(item.stage, unit, 0, 1))
-    problem = _problem(item)
-    loads, worker = _calibration.cache_info().misses, f"{socket.gethostname()}:{os.getpid()}"
-    rng = random.Random(derive_seed(item.seed, item.search_seed, item.agent, budget.name))
-    uniform = routers.agent("uniform").search(problem, item.settings, rng)
-    uniform_loss = problem.loss(uniform)
+    [trial] = _search(session, item, (item.budget,))
+    return trial
 
-    def trial(plan: MixturePlan | None, best: float, part: float) -> SearchTrial:
-        return SearchTrial(plan, best / max(uniform_loss, 1e-12), part, time.perf_counter() - started, worker, loads)
 
-    told = 0
+def search_front(session: Session, item: FrontTask) -> str:
+    """The trials of all budgets of one agent that serves them in one search. Raises: BudgetUnreachable."""
+    trials = _search(session, item.task, item.budgets)
+    with replacing(Path(item.out)) as path:
+        path.write_text(json.dumps([trial.to_json() for trial in trials]))
+    return item.out
+
+
+def _search(session: Session, item: RouteTask, budgets: Sequence[Budget]) -> list[SearchTrial]:
+    """A trial per budget, all of one metric and sampler, from one search; with several, by an agent that serves fronts."""
+    started, agent, told = time.perf_counter(), routers.agent(item.agent), 0
+    name = budgets[0].name if len(budgets) == 1 else f"{len(budgets)} budgets"
+    unit = f"{name} {budgets[0].scheduler}-{budgets[0].steps} {item.agent} seed {item.search_seed}"
+
+    def trial(plan: MixturePlan | None, relative_loss: float, part: float) -> SearchTrial:
+        seconds, images = (time.perf_counter() - started) / len(budgets), round(problem.effort.images / len(budgets))
+        return SearchTrial(plan, relative_loss, part, seconds, worker, loads, images, len(budgets))
 
     def on_report(done: int, total: int, best: float) -> None:
         nonlocal told
         if done * 10 // total > told:  # every tenth: whoever listens may take its time
             told = done * 10 // total
             session.report(Progress(item.stage, unit, done, total, best, seconds=time.perf_counter() - started))
-            session.report_search(trial(None, best, done / total))
+            session.report_search(trial(None, best * len(budgets) / sum(uniform_losses), done / total))
 
-    problem.report = on_report
-    specs = routers.agent(item.agent).search(problem, item.settings, rng)
+    session.report(Progress(item.stage, unit, 0, 1))
+    problem = replace(_problem(replace(item, budget=budgets[0])), report=on_report)
+    problems = [replace(problem, ratio=budget.ratio) for budget in budgets]
+    loads, worker = _calibration.cache_info().misses, f"{socket.gethostname()}:{os.getpid()}"
+    rng = random.Random(derive_seed(item.seed, item.search_seed, item.agent, name))
+    uniforms = [routers.agent("uniform").search(p, item.settings, rng) for p in problems]
+    uniform_losses = [max(p.loss(plan), 1e-12) for p, plan in zip(problems, uniforms, strict=True)]
+    if len(budgets) == 1:
+        found = [agent.search(problem, item.settings, rng)]
+    else:
+        found = agent.search_front(problem, [budget.ratio for budget in budgets], item.settings, rng)
+    seconds = (time.perf_counter() - started) / len(budgets)
+    plans = [_plan(item, *each, seconds) for each in zip(budgets, problems, found, uniforms, strict=True)]
+    session.report(Progress(item.stage, unit, 1, 1, plans[-1].loss, seconds=time.perf_counter() - started))
+    return [trial(plan, p.loss(plan.experts) / least, 1.0) for plan, p, least in zip(plans, problems, uniform_losses, strict=True)]
+
+
+def _plan(
+    item: RouteTask, budget: Budget, problem: routers.RouteProblem, found: routers.Specs, uniform: routers.Specs, seconds: float
+) -> MixturePlan:
+    """What an agent found, as a plan with its costs, its loss, and why. Raises: RunFailed if it breaks the agent's contract."""
     # an expert that this sampler never calls costs and teaches nothing: it gets the uniform architecture, in case another sampler does
-    specs = routers.check_plan(problem, tuple(s if share else u for s, u, share in zip(specs, uniform, problem.shares, strict=True)))
-    costs = tuple(problem.table.cost(spec) for spec in specs)
-    seconds, loss = time.perf_counter() - started, problem.score(specs)
-    session.report(Progress(item.stage, unit, 1, 1, loss, seconds=seconds))
-    shares, dense = tuple(problem.shares), problem.table.dense
+    specs = routers.check_plan(problem, tuple(s if share else u for s, u, share in zip(found, uniform, problem.shares, strict=True)))
     gain, error = problem.compare(uniform, specs)
-    why = sensitivity.reasons(problem, specs)
-    plan = MixturePlan(budget, item.agent, item.search_seed, item.partition, specs, shares, costs, dense, loss, seconds, gain, error, why)
-    return trial(plan, problem.loss(specs), 1.0)
+    return MixturePlan(
+        budget=budget,
+        agent=item.agent,
+        seed=item.search_seed,
+        partition=item.partition,
+        experts=specs,
+        shares=tuple(problem.shares),
+        expert_costs=tuple(problem.table.cost(spec) for spec in specs),
+        dense_cost=problem.table.dense,
+        loss=problem.score(specs),
+        search_seconds=seconds,
+        gain=gain,
+        gain_error=error,
+        reasons=sensitivity.reasons(problem, specs),
+    )
 
 
 def _problem(item: RouteTask) -> routers.RouteProblem:

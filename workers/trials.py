@@ -1,10 +1,10 @@
-"""What one trial of a plan search leaves, whether it ended or was stopped. Standard library only."""
+"""What one trial of a plan search leaves, whether it ended or was stopped, and the search that serves many. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.contracts import MixturePlan
+from workers.contracts import Budget, MixturePlan, RouteTask
 from workers.records import Record
 
 
@@ -23,3 +23,17 @@ class SearchTrial(Record):
     """Host and process that searched."""
     loads: int
     """How often that process had read the experts' weights by then."""
+    images: int = 0
+    """Images that it ran through sub-networks and no trial of its process had before; one that a gradient was taken of counts as three."""
+    shared_by: int = 1
+    """Trials that one search serves: its seconds and images are shared out evenly."""
+
+
+@dataclass(frozen=True)
+class FrontTask(Record):
+    """One search for several budgets of one agent, sampler and seed: a list of trials, one per budget, goes to ``out`` (JSON)."""
+
+    task: RouteTask
+    """Its own budget does not count."""
+    budgets: tuple[Budget, ...]
+    out: str

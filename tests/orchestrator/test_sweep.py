@@ -176,6 +176,61 @@ def test_a_stopped_or_a_lone_trial_draws_too(first):
         assert figures_sweep.pareto(some).startswith(b"\x89PNG")
 
 
+# --- one search for many budgets --------------------------------------------------------------------------------------
+
+
+EIGHT = "0.4,0.5,0.55,0.6,0.65,0.7,0.8,0.9"
+
+
+def test_a_sweep_over_eight_budgets_of_the_era_costs_less_than_three_searches(first, job):
+    costs = []
+    for budgets in ("0.5", EIGHT):
+        tasks._known_losses.cache_clear()  # as a new worker process
+        done = diffpruning("sweep", "run", job, "--budgets", budgets, "--agents", "era", "--seeds", "0", "--inline", "--json")
+        rows = [trial for trial in trials(done) if trial["agent"] == "era"]
+        assert [row["ratio"] for row in rows] == [float(ratio) for ratio in budgets.split(",")]
+        assert {row["shared_by"] for row in rows} == {len(rows)}
+        assert all(MixturePlan.from_json(row["plan"]).cost_ratio <= row["ratio"] for row in rows)
+        costs.append(sum(row["images"] for row in rows))
+    assert 0 < costs[0] < costs[1] < 3 * costs[0]
+    told = diffpruning("sweep", "show", job).stdout
+    assert "era: one search serves all 8 budgets" in told
+
+
+def test_an_interrupted_sweep_does_not_repeat_the_front_that_ended(first, job, monkeypatch):
+    fronts, search_front = [], tasks.search_front
+
+    def spy(session, item):
+        fronts.append((item.task.budget.scheduler, item.budgets[0].steps, item.task.search_seed))
+        if len(fronts) == 2:
+            raise KeyboardInterrupt
+        return search_front(session, item)
+
+    monkeypatch.setattr(tasks, "search_front", spy)
+    monkeypatch.setattr(cli, "_leave", sys.exit)
+    command = ("sweep", "run", job, "--budgets", "0.6,0.7", "--agents", "era", "--samplers", "ddim:20,ddim:50", "--inline", "--json")
+    assert diffpruning(*command).exit_code == 130
+    done = diffpruning(*command)
+    assert done.exit_code == 0, done.stderr
+    assert fronts == [("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 50, 0)]
+    assert {(t["steps"], t["ratio"], t["agent"]) for t in trials(done)} == set(itertools.product([20, 50], [0.6, 0.7], ["uniform", "era"]))
+
+
+def test_sensitivities_are_measured_once_for_all_sweeps_and_again_for_other_images(first, job, monkeypatch):
+    measured, expert_sensitivity = [], tasks.expert_sensitivity
+
+    def spy(session, item):
+        measured.append(item[1])
+        return expert_sensitivity(session, item)
+
+    monkeypatch.setattr(tasks, "expert_sensitivity", spy)
+    command = ("sweep", "run", job, "--budgets", "0.75", "--agents", "greedy", "--inline", "--json")
+    assert trials(diffpruning(*command))
+    assert measured == []
+    assert trials(diffpruning(*command, "--set", "router.images=6"))
+    assert measured == [0, 1, 2]
+
+
 # --- what a worker tells while it searches ----------------------------------------------------------------------------
 
 

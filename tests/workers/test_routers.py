@@ -18,7 +18,7 @@ from workers.elastic import ElasticDenoiser
 from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation
 from workers.refine import OPEN, Archive, refine
 from workers.repair import random_spec, repair
-from workers.routers import CalibrationBatch, RouteProblem, Specs, era, greedy, knapsack, stitch, uniform
+from workers.routers import CalibrationBatch, Effort, RouteProblem, Specs, era, greedy, knapsack, stitch, uniform
 from workers.sensitivity import explain, measure_sensitivity, ranks_around, reasons
 
 ELASTIC = ElasticSettings(width_multiple=1, depth=True, importance="magnitude")
@@ -297,7 +297,7 @@ def test_losses_count_by_weight_and_costs_by_share(roomy):
 
 
 def test_what_was_run_once_is_not_run_again(roomy):
-    problem = with_ratio(roomy, 1.0, _cache={}, passes=0)
+    problem = with_ratio(roomy, 1.0, _cache={}, effort=Effort())
     a, b = roomy.space.dense, roomy.space.narrowest
     found = problem.losses([(a, b), (a, a), (a, b)])
     assert problem.passes == 3
@@ -737,13 +737,13 @@ def test_an_agent_that_loses_its_way_still_answers_with_the_best_it_has_met(room
 
 def test_one_search_serves_eight_budgets_for_less_than_three(roomy, monkeypatch):
     settings, ratios = dataclasses.replace(SETTINGS, era_steps=8, trials=16), (0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
-    fresh = with_ratio(roomy, 0.5, _cache={})
-    taken = count_images(monkeypatch, fresh)
-    era.search(fresh, settings, random.Random(0))
-    once = sum(taken)
+    one, eight = (with_ratio(roomy, 0.5, _cache={}, effort=Effort()) for _ in range(2))
+    taken = count_images(monkeypatch, one)
+    era.search(one, settings, random.Random(0))
+    assert one.effort.images == sum(taken)
     taken.clear()
-    plans = era.search_front(with_ratio(roomy, 0.5, _cache={}), ratios, settings, random.Random(0))
-    assert sum(taken) < 3 * once
+    plans = era.search_front(eight, ratios, settings, random.Random(0))
+    assert one.effort.images < eight.effort.images == sum(taken) < 3 * one.effort.images
     problems = [with_ratio(roomy, ratio) for ratio in ratios]
     for problem, plan in zip(problems, plans, strict=True):
         assert routers.check_plan(problem, plan) is plan

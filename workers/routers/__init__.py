@@ -5,7 +5,7 @@ Contract: same seed, same plan; never over budget; an impossible budget raises; 
 stage compares it with `uniform`'s). `era`, the agent proper, is besides never worse on the search loss than `uniform` or `greedy`.
 An agent may also define ``search_front(problem, ratios, settings, rng)``: a plan for each of several budgets from one search.
 Legend: K experts, S sites, n images, loss = weighted mean of the experts' normalised losses on calibration images. A pass is one
-sub-network run on its expert's search images.
+sub-network run on all its expert's search images.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def names() -> list[str]:
 def agent(name: str) -> ModuleType:
     """Raises: InputError for a name that is no file of this folder."""
     return extension("routers", name, "router.agents")
+
+
+def serves_fronts(name: str) -> bool:
+    """Whether one search of this agent finds a plan for each of several budgets."""
+    return hasattr(agent(name), "search_front")
 
 
 CHUNK = 256
@@ -128,6 +133,13 @@ def _error(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass
+class Effort:
+    """What a search costs, whatever the device: images run through sub-networks. One that a gradient is taken of counts as three."""
+
+    images: int = 0
+
+
+@dataclass
 class RouteProblem:
     """One budget to meet. Per expert, ``search_batches`` are for looking around, ``score_batches`` for the loss that is reported."""
 
@@ -144,8 +156,8 @@ class RouteProblem:
     """How much each expert's loss counts; by default its share of the sampler's steps. An expert without a share never counts."""
     report: Callable[[int, int, float], None] = lambda done, total, best: None
     """Iterative agents call it now and then: steps done, steps in all, lowest search loss so far. It may end the search by raising."""
-    passes: int = 0
-    """Sub-networks run on the search images so far."""
+    effort: Effort = field(default_factory=Effort)
+    """Of all searches so far that share it: problems that differ in their budget alone do."""
     _scored: dict[tuple[int, ArchitectureSpec], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -156,6 +168,11 @@ class RouteProblem:
     @property
     def space(self) -> SearchSpace:
         return self.table.space
+
+    @property
+    def passes(self) -> float:
+        """The effort in passes. All experts have as many search images."""
+        return self.effort.images / len(self.search_batches[0])
 
     @property
     def cheapest(self) -> ArchitectureSpec:
@@ -185,7 +202,7 @@ class RouteProblem:
         if new:
             found = torch.stack([self.search_batches[k].run(self.experts[k], spec).mean() for k, spec in new]).tolist()
             self._cache.update(zip(new, found, strict=True))
-            self.passes += len(new)
+            self.effort.images += sum(len(self.search_batches[k]) for k, _ in new)
         return [sum(self.expert_loss(k, spec) for k, spec in enumerate(specs)) for specs in plans]
 
     def expert_loss(self, k: int, spec: ArchitectureSpec) -> float:
@@ -212,6 +229,7 @@ class RouteProblem:
     def gated_loss(self, k: int, gates: Mapping[str, tuple[Tensor, Tensor]], rows: Sequence[int]) -> Tensor:
         """Loss of expert k under differentiable gates, on some rows of its search batch; the gradient reaches the gates."""
         part, expert = self.search_batches[k].part(rows), self.experts[k]
+        self.effort.images += 3 * len(part)
         with gated(expert.model, expert.branches, gates), part.autocast():
             return part.loss(expert.model(part.noisy, part.timesteps, **part.told).sample)
 
