@@ -22,8 +22,9 @@ TFLOPS = {"cpu": 0.07, "cuda": 60.0}
 """Sustained training speed that estimates assume: per CPU core, and per GPU. Orders of magnitude, not promises."""
 BYTES_FREE_PER_PARAMETER = 16
 """A checkpoint holds weights, average and two moments in float32; two are kept."""
-BYTES_TRAINED_PER_PARAMETER = 24
-"""A trainer holds the dense weights, and those of its expert with gradient, average and two moments, in float32."""
+BYTES_TRAINED_PER_PARAMETER = {"no": 24, "bf16": 26}
+"""A trainer holds, in float32, its expert's weights with gradient, average and two moments, and the dense weights; in bf16 those are of two
+bytes, as is the copy of the expert that computes, with its gradient."""
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,16 @@ def _disk_bytes(job: JobConfig, table: CostTable, cache_bytes: int) -> int:
 
 
 def _trainer_bytes(job: JobConfig, table: CostTable) -> int:
-    """Memory that training one elastic expert takes on one worker, about: the training state, and what a forward pass keeps."""
+    """Memory that training one elastic expert takes on one worker, about: the training state, and what forward passes keep.
+
+    CUDA graphs share the memory of their activations and never give it back; a network that no graph holds needs its own beside it, as
+    every one does before it is captured.
+    """
     settings = job.specialize
     kept = activation_bytes(families.load_config(job.model.path)) * settings.batch_size / job.resources.workers_per_expert
-    return round(BYTES_TRAINED_PER_PARAMETER * table.dense.params + kept * (0.5 if settings.mixed_precision == "bf16" else 1))
+    kept *= 0.5 if settings.mixed_precision == "bf16" else 1
+    kept *= 2 if settings.cuda_graphs and job.resources.device != "cpu" else 1
+    return round(BYTES_TRAINED_PER_PARAMETER[settings.mixed_precision] * table.dense.params + kept)
 
 
 def _check_space(prepared: Prepared) -> None:

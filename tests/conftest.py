@@ -1,5 +1,7 @@
-"""What tests share: one thread, and the quickstart's bundled model and images."""
+"""What tests share: one thread, the quickstart's bundled model and images, and children that can be interrupted."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,11 @@ def emoji() -> Path:
 def emoji_images() -> Path:
     """The bundled images, a Parquet file."""
     return QUICKSTART / "noto-emoji-32.parquet"
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Children hear SIGINT even where the tests are a shell's background job, which ignores it and hands that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

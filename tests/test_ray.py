@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -174,17 +173,10 @@ def test_a_job_that_can_never_fit_is_refused_before_anything_runs(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_with_130_and_a_line_and_no_process(folder, number):
+def test_an_interrupt_ends_with_130_and_a_line_and_no_process(folder, heard, number):
     storage = f"interrupted-{number}"
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it, and so would its children
     process = subprocess.Popen(
-        command(folder, storage),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-        preexec_fn=heard,
+        command(folder, storage), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
     run = folder / storage / "small"
     deadline = time.monotonic() + 200

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -706,11 +705,10 @@ def test_a_real_process_says_one_line_and_no_library_joins_in(model):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_with_130_and_is_not_done(tmp_path, number):
+def test_an_interrupted_run_ends_with_130_and_is_not_done(tmp_path, heard, number):
     command = own_process("run", "quickstart", "--inline", "--only", "analyze", "--set", "similarity.images=2000")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it, and so would its children
-    with subprocess.Popen(command, **pipes, env=environment(), preexec_fn=heard) as process:
+    with subprocess.Popen(command, **pipes, env=environment(), start_new_session=True) as process:
         for line in process.stderr:
             if "analyze t" in line:
                 break
