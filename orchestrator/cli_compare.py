@@ -54,6 +54,7 @@ def _analysis(prepared: Any, results: dict[str, dict[str, Any]]) -> dict[str, An
         "timesteps": list(matrix.timesteps),
         "boundaries": list(chosen.boundaries),
         "boundary_frequency": cut["boundary_frequency"],
+        "rule": cut.get("rule", "learned"),
         "cost": {name: cost for name, (_, cost) in partitions.items()},
         "reliability": {"median": median(matrix.reliability), "by_timestep": list(matrix.reliability)},
         "figure": str(figure),
@@ -64,8 +65,9 @@ def _analysis_text(found: dict[str, Any]) -> str:
     reliability, costs = found["reliability"], found["cost"]
     lowest = min(zip(reliability["by_timestep"], found["timesteps"], strict=True))
     lines = [f"{found['measure']} similarity of {len(found['timesteps'])} timesteps, {found['images']} images"]
+    returned = "returned" if found["rule"] == "learned" else f"is {found['rule']}; a learned one came there"
     lines += [
-        f"  cut at t = {boundary:<6} returned in {frequency:.0%} of resamplings"
+        f"  cut at t = {boundary:<6} {returned} in {frequency:.0%} of resamplings"
         for boundary, frequency in zip(found["boundaries"], found["boundary_frequency"], strict=True)
     ]
     lines += [

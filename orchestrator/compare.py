@@ -12,6 +12,7 @@ import numpy as np
 
 from orchestrator import figures_compare
 from orchestrator.remarks import RELIABLE, RETURNED
+from orchestrator.results import JOB
 from orchestrator.store import read_json
 from orchestrator.words import both
 from workers import agreement, families
@@ -19,6 +20,8 @@ from workers.agreement import Side
 from workers.contracts import InputError, Partition, SimilarityMatrix
 from workers.diffusion import NoiseSchedule
 from workers.files import replacing
+
+LEARNED = "learned"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Run:
     name: str
     folder: Path
     side: Side
+    rule: str
+    """How it was cut: learned, given, uniform in t or uniform in log-SNR."""
 
 
 def load(folder: Path) -> Run:
@@ -46,8 +51,15 @@ def load(folder: Path) -> Run:
         partition=Partition.from_json(cut["partition"]),
         log_snr=schedule.log_snr(range(matrix.num_timesteps)),
         min_length=cut.get("min_length", 1),
+        learned=(rule := _rule(folder, cut)) == LEARNED,
     )
-    return Run(owner["name"], folder, side)
+    return Run(owner["name"], folder, side, rule)
+
+
+def _rule(folder: Path, cut: dict[str, Any]) -> str:
+    """How a run was cut; an older version left that to its job."""
+    asked = (read_json(folder / JOB) or {}).get("config", {}).get("partition", {})
+    return cut.get("rule") or ("given" if isinstance(asked.get("experts"), list) else asked.get("method", LEARNED))
 
 
 def _done(run: Path, stage: str, fingerprint: str) -> tuple[Path, dict[str, Any]]:
@@ -72,6 +84,7 @@ def compare(left: Run, right: Run, replicates: int = 200, seed: int = 0) -> dict
             "log_snr_of_boundaries": [float(run.side.log_snr[b]) for b in run.side.partition.boundaries],
             "reliability": reliability,
             "self_agreement": own,
+            "rule": run.rule,
         }
         for run, reliability, own in zip((left, right), found.pop("reliability"), found.pop("self_agreement"), strict=True)
     ]
@@ -86,13 +99,20 @@ def verdict(runs: list[dict[str, Any]], found: dict[str, Any]) -> str:
             "Cannot say whether the clusters agree: two halves of the images agree too little about the similarities of "
             f"{both(unmeasured)}, median cosine in brackets; raise similarity.images."
         )
+    told = [f"{run['name']} ({run['rule']})" for run in runs if run["rule"] != LEARNED]
+    rand, chance, uniform = found["adjusted_rand"], found["adjusted_rand_of_random"], found["adjusted_rand_with_uniform"]
+    if told:
+        return (
+            f"Cannot say whether the clusters agree by the cuts that were used, since those of {both(told)} were not learned from images: "
+            f"their adjusted Rand index is {rand['value']:.2f}, and one pair of random cuts in twenty exceeds {chance:.2f}; see both cut "
+            "anew into as many intervals."
+        )
     unsure = [f"{run['name']} ({run['self_agreement']:.2f})" for run in runs if run["self_agreement"] < RETURNED]
     if unsure:
         return (
             "Cannot say whether the clusters agree: when images are resampled, the cuts do not agree with themselves in "
             f"{both(unsure)}, adjusted Rand index in brackets; raise similarity.images."
         )
-    rand, chance, uniform = found["adjusted_rand"], found["adjusted_rand_of_random"], found["adjusted_rand_with_uniform"]
     measured = f"adjusted Rand index {rand['value']:.2f}, {rand['low']:.2f} to {rand['high']:.2f} when images are resampled"
     if rand["value"] <= chance:
         return f"The clusters do not agree more than random cuts may: {measured}; one random pair in twenty exceeds {chance:.2f}."
@@ -117,14 +137,14 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"{words:<44}" + "".join(f"{found[key][part]:>8.2f}" for part in ("value", "low", "high")))
     lines.append(f"{'  exceeded by one random pair in twenty':<44}{found['adjusted_rand_of_random']:>8.2f}")
     lines.append(f"{'  of each with uniform cuts':<44}{found['adjusted_rand_with_uniform']:>8.2f}")
-    lines += ["", f"{'both cut into as many intervals':<44}{'value':>8}{'5%':>8}{'95%':>8}{'random':>9}"]
+    lines += ["", f"{'both cut anew into as many intervals':<44}{'value':>8}{'5%':>8}{'95%':>8}{'random':>9}"]
     for k, rand in found["at_equal_numbers"].items():
         lines.append(f"{'  ' + k:<44}" + "".join(f"{rand[part]:>8.2f}" for part in ("value", "low", "high")) + f"{rand['random']:>9.2f}")
     lines.append("")
     for run in found["runs"]:
         cuts = ", ".join(f"{b} ({snr:+.1f})" for b, snr in zip(run["boundaries"], run["log_snr_of_boundaries"], strict=True))
         lines.append(
-            f"{run['name']:<16}cuts at t (log-SNR) {cuts}; {run['images']} images, reliability {run['reliability']:.2f}, "
+            f"{run['name']:<16}{run['rule']} cuts at t (log-SNR) {cuts}; {run['images']} images, reliability {run['reliability']:.2f}, "
             f"agreement with itself {run['self_agreement']:.2f}"
         )
     return "\n".join(lines)

@@ -170,6 +170,8 @@ def _far_from_dense(e: Evidence) -> list[Remark]:
 def uncertain_cuts(e: Evidence) -> list[Remark]:
     """How sure the cuts are."""
     typical, frequency = median(e.matrix.reliability), e.results["partition"]["boundary_frequency"]
+    if (rule := e.results["partition"].get("rule", "learned")) != "learned":
+        return [Remark("note", f"The cuts are {rule}, not learned: more images would not move them.")]
     unsure = [f"t = {b} ({f:.0%})" for b, f in zip(e.partition.boundaries, frequency, strict=True) if f < RETURNED]
     found = []
     if typical < RELIABLE:

@@ -97,7 +97,7 @@ def cut(ctx: Context) -> dict[str, Any]:
             f"  note: two halves of the images agree little about the gradients (median cosine {reliability:.2f}): raise similarity.images"
         )
     for boundary, frequency in zip(chosen.boundaries, found["boundary_frequency"], strict=True):
-        if frequency < 0.7:
+        if frequency < 0.7 and found["rule"] == "learned":
             ctx.say(
                 f"  note: the boundary at t = {boundary} returned in only {frequency:.0%} of bootstrap resamples: "
                 "raise similarity.images to be surer of it"

@@ -138,7 +138,9 @@ def texts() -> Iterator[Path]:
         below[:] = [name for name in below if not name.endswith((".egg-info", "__pycache__"))]
         if folder == str(ROOT):
             below[:] = [name for name in below if name not in ("runs", "registry", "build", "dist")]
-        yield from (Path(folder, name) for name in files if Path(name).suffix in TEXTS)
+        yield from (
+            Path(folder, name) for name in files if Path(name).suffix in TEXTS and name != ".git"
+        )  # a work tree's points to its clone
 
 
 def test_no_text_file_names_a_place_on_the_machine_where_it_was_written():

@@ -32,6 +32,8 @@ class Side:
     log_snr: np.ndarray
     min_length: int
     """Shortest interval in grid cells, as the cuts were made."""
+    learned: bool = True
+    """Whether the matrix decided the cuts; else other images would not have moved them."""
 
     def timesteps_at(self, levels: np.ndarray) -> np.ndarray:
         """The timesteps (floats) at which this model meets the noise levels."""
@@ -118,6 +120,8 @@ def random_rand(points: int, left: int, right: int, seed: int) -> float:
 def compare(left: Side, right: Side, replicates: int, seed: int) -> dict[str, Any]:
     """Both matrices on the common axis, and how far they and their cuts agree, with its spread when each run's images are resampled.
 
+    Cuts are those that the runs used; ``at_equal_numbers`` alone cuts both matrices anew.
+
     Raises: InputError if the matrices are of different measures, or the models share no noise level.
     """
     if left.matrix.measure != right.matrix.measure:
@@ -134,7 +138,10 @@ def compare(left: Side, right: Side, replicates: int, seed: int) -> dict[str, An
     drawn = [similarity.bootstrap(side.gram, replicates, int(s), side.matrix.measure) for side, s in zip(sides, seeds, strict=True)]
     again = [resample(d, s.matrix.timesteps, t) for d, s, t in zip(drawn, sides, at, strict=True)]
     experts = [len(side.partition) for side in sides]
-    recut = [[_cut(d, s, t, k) for d in found] for found, s, t, k in zip(drawn, sides, at, experts, strict=True)]
+    recut = [
+        [_cut(d, s, t, k) if s.learned else used for d in found]
+        for found, s, t, k, used in zip(drawn, sides, at, experts, cut, strict=True)
+    ]
     against_uniform = [adjusted_rand(cut[i], uniform_labels(points, experts[1 - i])) for i in (0, 1)]
     return {
         "measure": left.matrix.measure,

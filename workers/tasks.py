@@ -147,7 +147,8 @@ def cut_timesteps(
     seed: int,
     scheduler_config: dict[str, Any],
 ) -> dict[str, Any]:
-    """The partition, its evidence and the naive baselines, as JSON; ``method``: learned, or the name of a baseline.
+    """The partition, its evidence and the naive baselines, as JSON; ``method``: learned, or the name of a baseline. ``rule`` in it: that
+    method, or given.
 
     Takes milliseconds, so the driver calls it itself.
     """
@@ -164,6 +165,7 @@ def cut_timesteps(
     costs = partition.interval_costs(np.asarray(matrix.values))
     return {
         "partition": chosen.to_json(),
+        "rule": method if isinstance(experts, (int, str)) else "given",
         "boundary_frequency": partition.boundary_frequency(
             replicates, matrix, chosen, 1 if not isinstance(experts, (int, str)) else min_length
         ),

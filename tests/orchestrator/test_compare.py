@@ -22,7 +22,14 @@ def diffpruning(*arguments: object) -> Result:
 
 
 def run_folder(
-    folder: Path, model: Path, boundaries: list[int], noise: float = 0.1, measure: str = "gradient", seed: int = 0, clear: bool = True
+    folder: Path,
+    model: Path,
+    boundaries: list[int],
+    noise: float = 0.1,
+    measure: str = "gradient",
+    seed: int = 0,
+    clear: bool = True,
+    rule: str = "",
 ) -> Path:
     """A run that is analyzed and cut: timesteps are alike within each interval (unless ``clear`` is false: then no two are alike), up to
     the noise of its images."""
@@ -33,7 +40,10 @@ def run_folder(
     matrix = similarity_of(gram, measure, timesteps, 1000, 64)
     store = RunStore(folder)
     store.claim({"name": folder.name, "model.path": [str(model), "digest"]})
-    results = {"analyze": {"similarity": matrix.to_json()}, "partition": {"partition": partition.to_json(), "min_length": 1}}
+    results = {
+        "analyze": {"similarity": matrix.to_json()},
+        "partition": {"partition": partition.to_json(), "min_length": 1, "rule": rule or None},
+    }
     fingerprints = {stage: f"{i}234567890" for i, stage in enumerate(results)}
     for stage, result in results.items():
         store.stage_folder(stage, fingerprints[stage]).mkdir()
@@ -84,10 +94,35 @@ def test_uniform_clusters_and_those_that_do_not_return_are_said_to_be_so(tmp_pat
     assert re.match("Cannot say .*: when images are resampled, .* do not agree with themselves in two", compare.verdict(unsure, found))
 
 
+def test_cuts_that_were_not_learned_are_compared_as_they_are_and_said_to_be_so(tmp_path, emoji):
+    one = run_folder(tmp_path / "one", emoji, [200, 700])
+    given = run_folder(tmp_path / "given", emoji, [200, 700], noise=30, rule="given")
+    found = compare.compare(compare.load(one), compare.load(given), 20)
+    assert found["adjusted_rand"] == {"value": 1, "low": 1, "high": 1}, "other images do not move given cuts"
+    assert found["runs"][1]["self_agreement"] == 1
+    assert [run["rule"] for run in found["runs"]] == ["learned", "given"]
+    reliable = [{**run, "reliability": 1.0} for run in found["runs"]]
+    assert "since those of given (given) were not learned from images" in compare.verdict(reliable, found)
+    assert "given           given cuts at t" in compare.text(found)
+    page = tmp_path / "page.html"
+    compare.write_page(found, page)
+    assert "<td>given</td>" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "rule"),
+    [({"experts": [5]}, "given"), ({"experts": 2, "method": "uniform in t"}, "uniform in t"), ({"experts": "auto"}, "learned")],
+)
+def test_older_runs_are_cut_as_their_job_says(tmp_path, emoji, asked, rule):
+    folder = run_folder(tmp_path / "old", emoji, [500])
+    write_json(folder / "job.json", {"config": {"partition": asked}})
+    assert compare.load(folder).rule == rule
+
+
 def test_the_text_names_cuts_by_timestep_and_noise(tmp_path, emoji):
     one, two = run_folder(tmp_path / "one", emoji, [200, 700]), run_folder(tmp_path / "two", emoji, [450])
     done = diffpruning("compare", one, two, "--out", tmp_path / "page.html")
-    assert re.search(r"one +cuts at t \(log-SNR\) 200 \(\+0\.\d\), 700 \(-[45]\.\d\); 64 images, reliability 1\.00", done.stdout)
+    assert re.search(r"one +learned cuts at t \(log-SNR\) 200 \(\+0\.\d\), 700 \(-[45]\.\d\); 64 images, reliability 1\.00", done.stdout)
     assert done.stdout.endswith(f"page  {tmp_path / 'page.html'}\n")
 
 
@@ -128,6 +163,9 @@ def test_analyze_stops_before_training_and_run_finds_it_done(tmp_path):
     text = diffpruning("analyze", "quickstart", *sets, "--inline")
     assert "partition  already done" in text.stderr
     assert f"cut at t = {found['boundaries'][0]}" in text.stdout
+    given = diffpruning("analyze", "quickstart", *sets, "--set", "partition.experts=[300, 600]", "--inline")
+    assert "cut at t = 300    is given; a learned one came there in" in given.stdout
+    assert "raise similarity.images" not in given.stderr, "more images would not move them"
     again = diffpruning("run", "quickstart", *sets, "--inline", "--until", "partition", "--json")
     assert again.stderr.count("already done") == 2
     both = diffpruning("compare", tmp_path / "quickstart", tmp_path / "quickstart", "--out", tmp_path / "page.html")
