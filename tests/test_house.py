@@ -132,7 +132,7 @@ def test_every_bundled_job_loads_and_opens_with_the_commands_that_use_it(path):
 
 
 def texts() -> Iterator[Path]:
-    """Text files of the repository; what tools and runs leave behind is not followed."""
+    """Text files of the repository; what tools and runs leave behind is not followed, nor is a work tree's pointer to its clone."""
     for folder, below, files in os.walk(ROOT):
         below[:] = [name for name in below if not name.startswith(".") or name == ".ci"]
         below[:] = [name for name in below if not name.endswith((".egg-info", "__pycache__"))]
