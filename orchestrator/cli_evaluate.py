@@ -12,7 +12,7 @@ import click
 
 from orchestrator.cli_driver import driver
 from orchestrator.cli_options import json_option, set_option, show
-from orchestrator.words import measured_under, sig
+from orchestrator.words import measured_under, sig, timed_on
 from workers.contracts import InputError
 
 if TYPE_CHECKING:
@@ -100,16 +100,20 @@ def text(found: Mapping[str, Any]) -> str:
     head = f"{'':<{width}}{'sampler':<12}{'GMACs/step':>11}{'ms/step':>10}{'time':>8}{'MACs':>8}"
     lines = [head + (f"{'FD':>10}{'KID':>11}" if distances else "") + f"{'MSE to dense':>14}{'images/s':>10}"]
     dense = rows["dense"]
+    elsewhere = [label for label, row in rows.items() if row.get("device") != dense.get("device")]
     for label, row in rows.items():
         sampler = f"{row['sampler']['scheduler']}:{row['sampler']['steps']}"
         macs = row["calls"] * row["gmacs_per_step"] / (dense["calls"] * dense["gmacs_per_step"])
-        cells = f"{sampler:<12}{row['gmacs_per_step']:>11.3f}{row['ms_per_step']:>10.3g}{row['relative_time']:>8.1%}{macs:>8.1%}"
+        times = f"{'-':>10}{'-':>8}" if label in elsewhere else f"{row['ms_per_step']:>10.3g}{row['relative_time']:>8.1%}"
+        cells = f"{sampler:<12}{row['gmacs_per_step']:>11.3f}{times}{macs:>8.1%}"
         if distances:
             cells += f"{_number(row.get('frechet')):>10}{_number(row.get('kid')):>11}"
-        lines.append(f"{label:<{width}}{cells}{_number(row['paired_mse']):>14}{_number(row['images_per_s']):>10}")
-    return "\n".join(
-        [*lines, "", "time and MACs: of all steps, relative to dense under the job's sampler", measured_under(found["protocol"])]
-    )
+        rate = "-" if label in elsewhere else _number(row["images_per_s"])
+        lines.append(f"{label:<{width}}{cells}{_number(row['paired_mse']):>14}{rate:>10}")
+    lines += ["", "time and MACs: of all steps, relative to dense under the job's sampler", timed_on(dense, elsewhere)]
+    if (workers := max(row.get("drawn_at_once", 1) for row in rows.values())) > 1:
+        lines.append(f"images/s: of one worker, while up to {workers} drew at once")
+    return "\n".join([*lines, measured_under(found["protocol"])])
 
 
 def _number(value: float | None) -> str:

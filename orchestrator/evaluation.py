@@ -17,6 +17,7 @@ import numpy as np
 
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context
+from orchestrator.results import commit
 from orchestrator.store import read_json
 from workers import data, diffusion, evaluate, extractors, families, first_stage, frechet, partition, tasks_evaluate
 from workers.contracts import (
@@ -101,19 +102,24 @@ def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequen
     folder.mkdir(exist_ok=True)
     if reference is not None and protocol.images <= len(frechet.read_statistics(reference).mean):
         ctx.say("  warning: evaluate.frechet_samples is no more than the features: such a distance is far too large; raise it")
+    shards = {label: _shards(ctx, rows[label], files[label], images, held_out, stage) for label in missing}
+    code, at_once = commit(Path(__file__).parents[1]), min(ctx.cluster.slots(), sum(map(len, shards.values())))
+    undrawn = [shard for label in missing for shard in shards[label] if not Path(shard.out).exists()]
     work = tuple(
         RowTask(
-            shards=_shards(ctx, rows[label], files[label], images, held_out, stage),
+            shards=shards[label],
             protocol=protocol,
             out=str(files[label]),
             dense=None if label == DENSE else str(files[DENSE]),
             same_network=rows[label].same_network,
             reference=reference,
             lpips=ctx.job.evaluate.lpips,
+            commit=code,
+            drawn_at_once=at_once,
         )
         for label in missing
     )
-    ctx.cluster.scatter(tasks_evaluate.evaluate_shard, [s for item in work for s in item.shards if not Path(s.out).exists()])
+    ctx.cluster.scatter(tasks_evaluate.evaluate_shard, undrawn)
     ctx.cluster.scatter(tasks_evaluate.summarise, [work])  # one task: times are taken while nothing else runs
     return files
 

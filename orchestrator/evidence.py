@@ -13,15 +13,13 @@ import numpy as np
 
 from orchestrator.evaluation import samples_of
 from orchestrator.store import read_json
-from orchestrator.words import label, predicted_ms, span
+from orchestrator.words import CUT_ONLY, label, predicted_ms, span
 from workers.contracts import ExpertCheckpoint, InputError, Interval, MixturePlan, Partition, SimilarityMatrix, derive_seed
 from workers.latency_table import LatencyTable
 from workers.protocol import common_protocol
 
 if TYPE_CHECKING:
     from orchestrator.planning import Prepared
-
-CUT_ONLY = "cut only"
 
 
 @dataclass(frozen=True)

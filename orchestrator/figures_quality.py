@@ -73,7 +73,7 @@ def pareto_of_runs(found: Mapping[str, Any]) -> Figure:
     dense = []
     for row in rows:
         budget, _, kind = row["label"].partition(" ")
-        point = Point(row["macs"], row["relative_time"], _number(row[quality]), _budget(budget), row["std"].get(quality) or 0.0)
+        point = Point(row["macs"], _number(row["relative_time"]), _number(row[quality]), _budget(budget), row["std"].get(quality) or 0.0)
         if row["run"]:
             alike.setdefault((row["run"], kind), []).append(point if not kind else point._replace(note=""))
             markers.setdefault(kind, MARKERS[len(markers) % len(MARKERS)])
@@ -98,7 +98,8 @@ def _pareto(series: Sequence[Series], quality: str, level: float = math.nan) -> 
     panels = figure.subplots(1, len(COSTS), sharey=True)
     for axes, (name, label) in zip(panels, COSTS.items(), strict=True):
         for one in series:
-            found = sorted((p.macs if name == "MACs" else p.time, p.quality, p.note, p.spread) for p in one.points if p.quality > 0)
+            points = [(p.macs if name == "MACs" else p.time, p.quality, p.note, p.spread) for p in one.points if p.quality > 0]
+            found = sorted(point for point in points if math.isfinite(point[0]))
             if not found:
                 continue
             x, y, notes, spread = zip(*found, strict=True)

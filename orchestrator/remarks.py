@@ -58,8 +58,17 @@ def remarks(e: Evidence) -> list[Remark]:
     found = [remark for plan in e.chosen for remark in (_against_uniform(e, plan), _agents(e, plan), _time(e, plan))]
     found += [remark for plan in e.chosen for remark in _against_fewer_steps(e, plan)]
     return sorted(
-        [*_far_from_dense(e), *found, *_mispredicted(e), *uncertain_cuts(e), *_few_steps(e)], key=lambda remark: LEVELS.index(remark.level)
+        [*_devices(e), *_far_from_dense(e), *found, *_mispredicted(e), *uncertain_cuts(e), *_few_steps(e)],
+        key=lambda remark: LEVELS.index(remark.level),
     )
+
+
+def _devices(e: Evidence) -> list[Remark]:
+    """Times of two devices do not compare, even each relative to dense on its own."""
+    here = e.dense.metrics.get("device")
+    elsewhere = [f"{m.name} on {there or 'one that was not named'}" for m in e.measured if (there := m.metrics.get("device")) != here]
+    text = f"Times do not compare: dense was timed on {here or 'a device that was not named'}, but {both(elsewhere)}" if elsewhere else ""
+    return [Remark("warning", f"{text}. Remove the run's evaluation folder to time them all here.")] if elsewhere else []
 
 
 def _against_uniform(e: Evidence, plan: MixturePlan) -> Remark:

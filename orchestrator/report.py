@@ -244,6 +244,7 @@ def build(prepared: Prepared) -> Path:
         measured_under=measured_under(e.dense.metrics["protocol"]) if e.dense.metrics.get("protocol") else "",
         faster=any(m.sampler for m in e.measured),
         timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs),
+        device=e.dense.metrics.get("device") or "this run's device",
         pipeline=_pipeline_class(prepared.job.model.path),
         trials=[(plan, trials_of(e, plan)) for plan in e.chosen],
         experts=[(plan, expert_rows(plan)) for plan in e.chosen],

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from orchestrator.store import read_json, write_json
-from orchestrator.words import both, measured_under, percent, sig
+from orchestrator.words import CUT_ONLY, both, measured_under, percent, sig, timed_on
 from workers.contracts import InputError, Partition, SamplerRef
 from workers.protocol import common_protocol
 from workers.records import differing
@@ -27,6 +27,7 @@ NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
     "frechet": ("FD", sig),
     "kid": ("KID", sig),
     "paired_mse": ("MSE to dense", sig),
+    "trained_images": ("trained on", lambda images: f"{images / 1e6:.3g}M"),
 }
 """Number of a row -> its column's title, and how it reads."""
 WORDS = ("run", "", "sampler")
@@ -60,6 +61,19 @@ class Run:
             return None
         overrides = [word for override in self.job["set"] for word in ("--set", override)]
         return shlex.join(["diffpruning", "run", self.job["file"], *overrides])
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the code that measured the rows; empty for an older version's."""
+        return sorted({row["commit"] for row in self.rows.values() if row.get("commit")})
+
+    @property
+    def trained_images(self) -> int | None:
+        """Images drawn by the training of all experts of one mixture, elastic and after; None if the folder does not tell."""
+        stages = [] if self.job is None else [self.job["config"].get(stage) for stage in ("specialize", "finetune")]
+        if self.experts is None or not stages or not all(stages):
+            return None
+        return self.experts * sum(stage["steps"] * stage["batch_size"] for stage in stages if stage)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -157,7 +171,8 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def collect(runs: Sequence[Run], group: bool = False) -> dict[str, Any]:
     """The table as JSON, a row per denoiser and sampler, sorted by measured time; with ``group``, one for all seeds.
 
-    Dense rows, which all runs share, are those of the first run that has them. Raises: InputError if the runs cannot be compared.
+    Dense rows, which all runs share, are those of the first run that has them. Times are those of the device of the first run's dense row;
+    rows of another have none. Raises: InputError if the runs cannot be compared.
     """
     names = _names(runs)
     if twice := [str(run.folder) for i, run in enumerate(runs) if run.folder in [other.folder for other in runs[:i]]]:
@@ -173,7 +188,7 @@ def collect(runs: Sequence[Run], group: bool = False) -> dict[str, Any]:
         for label, metrics in run.rows.items():
             row = _row(run, name, label, metrics, runs[0])
             key = (DENSE if _is_dense(label) else (number, label), row["sampler"])
-            into = found.setdefault(key, {**row, "runs": [], "seeds": [], "experts": [], "each": []})
+            into = found.setdefault(key, {**row, "runs": [], "seeds": [], "experts": [], "devices": [], "each": []})
             if run.seed in into["seeds"]:
                 if not _is_dense(label):
                     raise InputError(f"--group: {into['runs'][0]} and {name} are one job with one seed, {run.seed}: give one of them")
@@ -181,19 +196,23 @@ def collect(runs: Sequence[Run], group: bool = False) -> dict[str, Any]:
             into["runs"].append(name)
             into["seeds"].append(run.seed)
             into["experts"] = sorted({*into["experts"], *([row["experts"]] if row["experts"] else [])})
+            into["devices"] = list(dict.fromkeys([*into["devices"], metrics.get("device")]))
             into["each"].append({name: row[name] for name in (*NUMBERS, "macs")})
-    rows = sorted((_summary(row) for row in found.values()), key=lambda row: row["relative_time"])
+    rows = sorted(
+        (_summary(row) for row in found.values()), key=lambda row: (row["relative_time"] is None, row["relative_time"] or row["macs"])
+    )
     return {
         "protocol": runs[0].dense["protocol"],
         "seeds": sorted({run.seed for run in runs}),
         "grouped": group,
         "sampler": _sampler(runs[0].dense),
+        "device": runs[0].dense.get("device"),
+        "timing": runs[0].dense.get("timing"),
         "rows": rows,
         "runs": [
-            {"name": name, "run_folder": str(run.folder), "seed": run.seed, "command": run.command}
+            {"name": name, "run_folder": str(run.folder), "seed": run.seed, "command": run.command, "commits": run.commits}
             for run, name in zip(runs, names, strict=True)
         ],
-        "commit": commit(Path(__file__).parents[1]),
     }
 
 
@@ -203,6 +222,8 @@ def _row(run: Run, name: str, label: str, metrics: Mapping[str, Any], first: Run
     calls = metrics["calls"] / dense["calls"]
     macs = metrics["gmacs_per_step"] / run.dense["gmacs_per_step"]
     plan = not _is_dense(label) and ":" not in label  # else a published version, of which nothing else is known here
+    same_device = metrics.get("device") == dense.get("device")
+    paired_alike = _sampler(run.dense) == _sampler(dense) and run.dense.get("samples") == dense.get("samples")
     return {
         "run": "" if _is_dense(label) else name,
         "label": DENSE if _is_dense(label) else label,
@@ -210,11 +231,12 @@ def _row(run: Run, name: str, label: str, metrics: Mapping[str, Any], first: Run
         "sampler": _sampler(metrics),
         "macs_per_step": macs,
         "macs": calls * macs,
-        "relative_time": calls * metrics["ms_per_step"] / metrics["dense_ms_per_step"],
-        "ms_per_step": metrics["ms_per_step"],
+        "relative_time": calls * metrics["ms_per_step"] / metrics["dense_ms_per_step"] if same_device else None,
+        "ms_per_step": metrics["ms_per_step"] if same_device else None,
         "frechet": metrics.get("frechet"),
         "kid": metrics.get("kid"),
-        "paired_mse": metrics["paired_mse"] if _sampler(run.dense) == _sampler(dense) else None,
+        "paired_mse": metrics["paired_mse"] if paired_alike else None,
+        "trained_images": None if not plan or run.trained_images is None else run.trained_images * (not label.endswith(CUT_ONLY)),
     }
 
 
@@ -278,19 +300,27 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     sampler, seeds = found["sampler"], found["seeds"]
     told = f"MACs/step: relative to dense. time: measured, of all steps, relative to dense under {sampler}."
     if any(row["paired_mse"] is None for row in found["rows"]):
-        told += f" MSE: to dense under {sampler}; left out for what was paired with another."
+        told += f" MSE: to dense under {sampler}; left out for what was paired with another, or over another number of samples."
+    if any(row["trained_images"] is not None for row in found["rows"]):
+        told += " trained on: images drawn by the training of all experts, elastic and after."
     if found["grouped"]:
         told += " \N{PLUS-MINUS SIGN}: sample standard deviation over n seeds."
     several = f"; also seeds {both(map(str, seeds[1:]))}" if len(seeds) > 1 else ""
-    return [told, measured_under(found["protocol"]) + several]
+    elsewhere = list(dict.fromkeys(_of(row) for row in found["rows"] if row["devices"] != [found["device"]]))
+    return [told, timed_on(found, elsewhere), measured_under(found["protocol"]) + several]
+
+
+def _of(row: Mapping[str, Any]) -> str:
+    """A row by its run, or what it is, and its device."""
+    return f"{row['run'] or row['label']} ({both(device or 'not named' for device in row['devices'])})"
 
 
 def _sources(found: Mapping[str, Any], quote: str = "") -> list[str]:
-    """The commit of the code, and the command that makes each run."""
-    lines = [f"code: commit {found['commit']}"] if found["commit"] else []
+    """The command that makes each run, and the commit of the code that measured it."""
+    lines = []
     for run in found["runs"]:
         command = f"{quote}{run['command']}{quote}" if run["command"] else "its folder does not record its job"
-        lines.append(f"{run['name']}: {command}")
+        lines.append(f"{run['name']}: {command}" + (f", measured at commit {both(run['commits'])}" if run["commits"] else ""))
     return lines
 
 

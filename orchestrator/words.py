@@ -10,6 +10,8 @@ from workers.contracts import Budget, Interval, MixturePlan, Partition
 DOUBTFUL_ERROR = 0.1
 """Median prediction error of a latency table beyond which something else was probably running."""
 
+CUT_ONLY = "cut only"
+"""The baseline that was never trained, in a row's label."""
 FEW_STEPS = 2
 """An expert that serves fewer of a sampler's steps than this is warned of."""
 
@@ -103,6 +105,14 @@ def predicted_ms(plan: MixturePlan) -> float | None:
 def timing(batch: int, dtype: str, compiled: bool, cuda_graphs: bool = False) -> str:
     """Under what a time holds: ``a batch of 16 in float32, not compiled``."""
     return f"a batch of {batch} in {dtype}, " + ("with compiled blocks" if compiled else "not compiled") + as_graphs(cuda_graphs)
+
+
+def timed_on(row: Mapping[str, Any], elsewhere: Sequence[str] = ()) -> str:
+    """On what, and how, the times of a table were taken; and which of its rows have none, since they were timed on another device."""
+    told = f"times: on {row.get('device') or 'a device that an older version did not name'}"
+    if row.get("timing"):
+        told += f", {timing(*(row['timing'][key] for key in ('batch', 'dtype', 'compiled', 'cuda_graphs')))}"
+    return told + (f"; those of {both(elsewhere)} are left out, as they are of another device" if elsewhere else "")
 
 
 def measured_under(protocol: Mapping[str, Any]) -> str:

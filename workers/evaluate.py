@@ -26,8 +26,8 @@ from workers.graphs import Graphs
 from workers.regional import RegionCompiler
 
 LOSSES = ("denoising_loss", "denoising_loss_by_timestep", "timesteps")
-COSTS = ("ms_per_step", "gmacs_per_step", "parameters", "peak_memory_mib")
-"""What `cost_per_step` tells; the last one on a GPU only."""
+COSTS = ("ms_per_step", "gmacs_per_step", "parameters", "peak_memory_mib", "device")
+"""What `cost_per_step` tells, memory on a GPU only, and of which device."""
 
 
 @torch.no_grad()

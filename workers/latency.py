@@ -290,7 +290,7 @@ def identity_of(
     space = search_space(meta_model(config, settings)[1])
     plain = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
     return LatencyIdentity(
-        device=_device_name(device),
+        device=device_name(device),
         dtype=dtype,
         batch=batch,
         sample_size=config["sample_size"],
@@ -304,7 +304,8 @@ def identity_of(
     )
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """Of the GPU; of the processor and how many of its threads are used: times of two names are of two things."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -31,6 +31,10 @@ class RowTask(Record):
     reference: str | None = None
     """The statistics (npz) that features are compared with, perhaps followed by ``:PREFIX``."""
     lpips: str | None = None
+    commit: str | None = None
+    """Of the code that measures."""
+    drawn_at_once: int = 1
+    """Shards that were drawn at the same time at most: images/s are those of one among so many."""
 
     @property
     def label(self) -> str:

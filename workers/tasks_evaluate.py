@@ -28,6 +28,7 @@ from workers.elastic import extract, reorder
 from workers.files import replacing
 from workers.frechet import Statistics, frechet_distance, kernel_distance, read_statistics
 from workers.generate import SamplingDenoiser, Surroundings
+from workers.latency import device_name
 from workers.mixture import MixtureDenoiser, any_width
 from workers.regional import RegionCompiler
 from workers.rows import ReferenceTask, RowTask
@@ -152,9 +153,10 @@ def summarise(session: Session, items: tuple[RowTask, ...]) -> list[str]:
     return [item.out for item in items]
 
 
-def _costs(session: Session, task: EvaluateTask) -> dict[str, float]:
+def _costs(session: Session, task: EvaluateTask) -> dict[str, Any]:
+    """What a step costs, and the name of the device that this is true of."""
     model = rewritten(load_reference(task.denoiser, task.model), task.timing.rewrites)
-    return evaluate.cost_per_step(model, task, session.device, compiler=_compiler())
+    return {**evaluate.cost_per_step(model, task, session.device, compiler=_compiler()), "device": device_name(session.device)}
 
 
 def _row(session: Session, item: RowTask, dense_ms: float) -> dict[str, Any]:
@@ -184,6 +186,9 @@ def _row(session: Session, item: RowTask, dense_ms: float) -> dict[str, Any]:
         "sampler": SamplerRef(task.scheduler, task.steps, task.eta).to_json(),
         "protocol": item.protocol.told(),
         "timing": task.timing.to_json(),
+        "samples": len(samples),
+        "drawn_at_once": item.drawn_at_once,
+        "commit": item.commit,
         "calls": len(sampler_timesteps(task.scheduler, families.load_scheduler_config(task.model), task.steps)),
     }
 

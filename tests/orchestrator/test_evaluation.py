@@ -17,8 +17,10 @@ from PIL import Image
 from orchestrator import cli_evaluate, evaluation
 from orchestrator.cli import main
 from orchestrator.config import load_job
+from orchestrator.results import commit
 from workers import evaluate, families, tasks_evaluate
 from workers.contracts import InputError, Protocol
+from workers.latency import device_name
 from workers.protocol import common_protocol
 
 JOB = """
@@ -36,6 +38,7 @@ latency: {batch: 2}
 export: {rewrites: []}
 resources: {device: cpu}
 """
+ROOT = Path(__file__).parents[2]
 LABELS = ["dense", "dense ddim:2", "dense dpmpp:3"]
 
 
@@ -98,6 +101,19 @@ def test_before_there_are_mixtures_the_rows_are_those_of_the_dense_model(home, f
     assert rows["dense"]["paired_mse"] == 0 < rows["dense ddim:2"]["paired_mse"]
     assert all(row["frechet"] > 0 and row["kid"] is None for row in rows.values())
     assert json.loads((home / "runs" / "small" / "evaluation" / "table.json").read_text()) == first
+    assert {row["device"] for row in rows.values()} == {device_name("cpu")}
+    assert {(row["samples"], row["drawn_at_once"], row["commit"]) for row in rows.values()} == {(3, 1, commit(ROOT))}
+
+
+def test_the_table_names_the_device_and_leaves_out_times_of_another(first):
+    assert f"times: on {device_name('cpu')}, a batch of 2 in float32, not compiled\n" in cli_evaluate.text(first)
+    moved = {**first, "rows": {**first["rows"], "dense ddim:2": {**first["rows"]["dense ddim:2"], "device": "Other", "drawn_at_once": 3}}}
+    lines = cli_evaluate.text(moved).splitlines()
+    [odd] = [line for line in lines if line.startswith("dense ddim:2")]
+    assert odd.split()[4:6] == ["-", "-"]
+    assert odd.endswith("-")
+    assert any(line.endswith("; those of dense ddim:2 are left out, as they are of another device") for line in lines)
+    assert "images/s: of one worker, while up to 3 drew at once" in lines
 
 
 def test_the_protocol_says_under_what_it_was_measured(first):

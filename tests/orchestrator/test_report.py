@@ -374,3 +374,36 @@ def test_most_at_once_counts_what_overlaps() -> None:
     trainers = [evidence.Trainer(str(i), interval, start, stop) for i, (start, stop) in enumerate([(0, 10), (2, 8), (4, 20), (20, 30)])]
     assert figures.most_at_once(trainers) == (3, 4)
     assert figures.overlap("finetune", trainers[2:]) == "The finetune trainers ran one after the other."
+
+
+def test_few_steps_are_warned_of_per_expert_and_sampler_and_per_budget_where_they_differ(tmp_path):
+    e = evidence.gather(finished_run(tmp_path, boundaries=(40, 80)))  # 20 steps: .8 of one for either of the first two
+    one, other = e.chosen
+    assert [remark.text for remark in remarks._few_steps(e)] == [
+        "Fewer than two sampler steps for the expert of t 0\N{EN DASH}40 (1 of the 20 of ddim) and t 40\N{EN DASH}80 (1 of the 20 of ddim)."
+    ]
+    shorter = replace(other, budget=replace(other.budget, scheduler="dpmpp"), shares=(0.0, 0.1, 0.9))
+    assert [remark.text for remark in remarks._few_steps(replace(e, chosen=(one, shorter)))] == [
+        "Fewer than two sampler steps for the expert of t 0\N{EN DASH}40 (1 of the 20 of ddim) at 65%, "
+        "t 40\N{EN DASH}80 (1 of the 20 of ddim) at 65% and t 0\N{EN DASH}40 (0 of the 20 of dpmpp) at 50%."
+    ]
+
+
+def test_times_of_two_devices_are_warned_of(tmp_path):
+    e = evidence.gather(finished_run(tmp_path, budgets=(0.5,)))
+    assert remarks._devices(e) == []
+    first, *rest = (replace(m, metrics={**m.metrics, "device": "One"}) for m in e.measured)
+    moved = replace(rest[0], metrics={**rest[0].metrics, "device": "Two"})
+    assert remarks._devices(replace(e, measured=(first, *rest))) == []
+    [remark] = remarks._devices(replace(e, measured=(first, moved, *rest[1:])))
+    assert remark.text.startswith(f"Times do not compare: dense was timed on One, but {moved.name} on Two.")
+    assert remark.level == "warning"
+
+
+def test_cuts_that_were_not_learned_are_not_said_to_need_images(tmp_path):
+    e = evidence.gather(finished_run(tmp_path, budgets=(0.5,), frequency=0.1))
+    assert "Raise similarity.images" in remarks.uncertain_cuts(e)[0].text
+    given = replace(e, results={**e.results, "partition": {**e.results["partition"], "rule": "uniform in t"}})
+    assert remarks.uncertain_cuts(given) == [
+        remarks.Remark("note", "The cuts are uniform in t, not learned: more images would not move them.")
+    ]

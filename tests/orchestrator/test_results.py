@@ -22,7 +22,12 @@ def diffpruning(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def row(ms: float, frechet: float | None, sampler: str = "ddim:50", gmacs: float = 6.0, seed: int = 0, batch: int = 8) -> dict[str, Any]:
+GPU, CPU = "NVIDIA H200", "Some CPU, threads: 2"
+
+
+def row(
+    ms: float, frechet: float | None, sampler: str = "ddim:50", gmacs: float = 6.0, seed: int = 0, batch: int = 8, device: str | None = GPU
+) -> dict[str, Any]:
     """Metrics of one denoiser, dense beside it taking 10 ms a step and the sampler calling it once per step."""
     scheduler, _, steps = sampler.partition(":")
     distances = {} if frechet is None else {"frechet": frechet, "kid": frechet / 1000}
@@ -35,6 +40,9 @@ def row(ms: float, frechet: float | None, sampler: str = "ddim:50", gmacs: float
         "sampler": SamplerRef(scheduler, int(steps), 0.0).to_json(),
         "protocol": Protocol((3, 32, 32), seed, 1.0, "float32", images=100 if frechet else 0).told(),
         "timing": Timing(batch, "float32", False).to_json(),
+        "device": device,
+        "samples": 16,
+        "commit": "c" * 40,
         **distances,
     }
 
@@ -94,12 +102,59 @@ def test_rows_are_sorted_by_time_and_dense_stands_there_once(two):
     assert [r["frechet"] for r in collected(*reversed(two))["rows"]][-1] == 4.1, "dense is that of the first run"
 
 
+def test_times_of_another_device_are_left_out_and_its_quality_is_not(two, tmp_path):
+    there = {"dense": dense(device=CPU), "macs-0.50": row(8.0, 5.5, gmacs=3.0, device=CPU)}
+    older = {"dense": dense(device=None), "macs-0.50": row(8.0, 5.7, gmacs=3.0, device=None)}
+    found = collected(two[0], run_folder(tmp_path / "there", there), run_folder(tmp_path / "older", older))
+    assert found["device"] == GPU
+    assert [(r["run"], r["relative_time"], r["ms_per_step"], r["frechet"], r["devices"]) for r in found["rows"]] == [
+        ("", 0.4, 10.0, 9.0, [GPU]),
+        ("k3", 0.6, 6.0, 5.0, [GPU]),
+        ("", 1.0, 10.0, 4.0, [GPU]),
+        ("there", None, None, 5.5, [CPU]),
+        ("older", None, None, 5.7, [None]),
+    ]
+    text = results.text(found)
+    assert f"times: on {GPU}, a batch of 8 in float32, not compiled; those of there ({CPU}) and older (not named) are left out" in text
+    assert "| there | macs-0.50 | 3 | ddim:50 | 50% |  |  | 5.50 |" in results.markdown(found)
+    assert figures_quality.pareto_of_runs(found).startswith(b"\x89PNG")
+
+
+def test_the_mean_over_seeds_of_two_devices_has_no_time(tmp_path):
+    folders = [
+        run_folder(tmp_path / f"s{s}", {"dense": dense(seed=s, device=name), "macs-0.50": row(6.0, 5.0, seed=s, device=name)}, seed=s)
+        for s, name in enumerate((GPU, CPU))
+    ]
+    for one in collected(*folders, group=True)["rows"]:
+        assert (one["n"], one["relative_time"], one["std"]["relative_time"], one["devices"]) == (2, None, None, [GPU, CPU])
+        assert one["frechet"] is not None
+
+
+def test_errors_over_another_number_of_samples_are_left_out(two, tmp_path):
+    few = {label: {**metrics, "samples": 4} for label, metrics in {"dense": dense(), "macs-0.50": row(7.0, 5.5)}.items()}
+    found = collected(two[0], run_folder(tmp_path / "few", few))
+    assert {r["run"]: r["paired_mse"] for r in found["rows"] if r["run"]} == {"k3": 0.05, "few": None}
+
+
+def test_runs_say_on_how_many_images_their_experts_were_trained(tmp_path):
+    job = {"specialize": {"steps": 500, "batch_size": 256}, "finetune": {"steps": 1000, "batch_size": 128}}
+    rows = {"dense": dense(), "macs-0.50": row(6.0, 5.0), "macs-0.50 cut only": row(5.0, 80.0), "other:1": row(4.0, 9.0)}
+    found = collected(run_folder(tmp_path / "k2", rows, experts=2, job=job))
+    assert {r["label"]: r["trained_images"] for r in found["rows"]} == {
+        "dense": None,
+        "macs-0.50": 2 * (500 * 256 + 1000 * 128),
+        "macs-0.50 cut only": 0,
+        "other:1": None,
+    }
+    assert "| 0.512M |" in results.markdown(found)
+
+
 def test_the_markdown_says_under_what_it_holds_and_how_its_runs_are_made(two):
     lines = results.markdown(collected(*two)).splitlines()
     assert lines[0] == "| run |  | K | sampler | MACs/step | time | ms/step | FD | KID | MSE to dense |"
     assert lines[5] == "| k3 | macs-0.50 | 3 | ddim:50 | 50% | 60% | 6.00 | 5.00 | 0.00500 | 0.0500 |"
     assert lines[6].startswith("|  | dense |  | ddim:50 | 100% | 100% | 10.0 | 4.00 |")
-    assert "- k1: `diffpruning run jobs/small.yaml --set name=k1`" in lines
+    assert f"- k1: `diffpruning run jobs/small.yaml --set name=k1`, measured at commit {'c' * 40}" in lines
     assert any(line.startswith("protocol ") for line in lines)
     cells = results.text(collected(two[0])).splitlines()
     assert cells[0].split() == ["K", "sampler", "MACs/step", "time", "ms/step", "FD", "KID", "MSE", "to", "dense"], "one run needs no name"
