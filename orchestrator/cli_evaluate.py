@@ -38,7 +38,7 @@ def evaluate(job: str, overrides: tuple[str, ...], only: tuple[str, ...], versio
     config = load_job(job, overrides)
     from orchestrator import evaluation, planning, stages
     from orchestrator.results import TABLE
-    from orchestrator.store import write_json
+    from orchestrator.store import read_json, write_json
 
     prepared = planning.make_ready(config)
     ctx = _context(prepared)
@@ -50,8 +50,21 @@ def evaluate(job: str, overrides: tuple[str, ...], only: tuple[str, ...], versio
         view.on_stage("evaluate", "finished", time.monotonic() - started)
         mixtures = ctx.fingerprints["finetune"]
         found = {"protocol": metrics[evaluation.DENSE]["protocol"], "mixtures": mixtures, "rows": metrics}
-        write_json(prepared.store.folder / TABLE, found)
+        table = prepared.store.folder / TABLE
+        write_json(table, {**found, "rows": {**metrics, **_still_true(read_json(table) or {}, found)}})
     show(found, as_json, lambda: text(found))
+
+
+def _still_true(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of the table ``before`` not asked for now that hold beside those that were: of one protocol, timing and mixtures."""
+    dense, same = found["rows"]["dense"], before.get("mixtures") == found["mixtures"]
+    return {
+        label: row
+        for label, row in before.get("rows", {}).items()
+        if label not in found["rows"]
+        and (same or label.startswith("dense "))
+        and all(row.get(key) == dense.get(key) for key in ("protocol", "timing", "samples"))
+    }
 
 
 def _published(prepared: Prepared, versions: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from workers.protocol import common_protocol
 from workers.records import differing
 
 TABLE, JOB = "evaluation/table.json", "job.json"
-"""In a run folder: what `evaluate` printed last, and the job and command of the last `run`."""
+"""In a run folder: what `evaluate` printed, and the job and command of the last `run`."""
 DENSE = "dense"
 NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
     "macs_per_step": ("MACs/step", percent),

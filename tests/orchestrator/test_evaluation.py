@@ -168,6 +168,16 @@ def test_another_protocol_is_another_id_and_nothing_of_the_old_one_is_lost(home,
         common_protocol({"dense": first["rows"]["dense"], "dense ddim:2": other["rows"]["dense ddim:2"]})
 
 
+def test_asking_for_some_rows_forgets_no_others_that_hold_beside_them(home, first):
+    kept = home / "runs" / "small" / "evaluation" / "table.json"
+    whole = table(home)
+    some = table(home, more=("--only", "dense ddim:2"))
+    assert list(some["rows"]) == ["dense", "dense ddim:2"]
+    assert json.loads(kept.read_text())["rows"] == whole["rows"]
+    table(home, "evaluate.samples=2", more=("--only", "dense"))
+    assert list(json.loads(kept.read_text())["rows"]) == ["dense"], "the others were paired over three samples"
+
+
 def test_without_distances_the_table_is_that_of_paired_errors(home, first):
     plain = table(home, "evaluate.frechet_samples=0", more=("--only", "dense"))
     assert "frechet" not in plain["rows"]["dense"]
