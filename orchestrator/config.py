@@ -119,6 +119,9 @@ class Training(Section):
     output_weight: float = Field(1.0, ge=0, description="Weight of output distillation from the dense model.")
     feature_weight: float = Field(0.5, ge=0, description="Weight of block-feature distillation.")
     denoising_weight: float = Field(0.1, ge=0, description="Weight of the denoising loss.")
+    relative_errors: bool = Field(
+        True, description="Errors of the output count as parts of the dense model's at the same timestep, not as they are."
+    )
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -154,11 +157,14 @@ class Router(Section):
     era_steps: Count = Field(200, description="Training steps of the routing agent.")
     era_batch: Count = Field(16, description="Calibration images per agent step and expert.")
     era_learning_rate: float = Field(2e-3, gt=0, description="Learning rate of the routing agent.")
+    influence_samples: int = Field(
+        256, ge=0, description="Samples drawn to measure how much an error of each expert counts in them; 0: all count the same."
+    )
     cost_weight: float = Field(4.0, ge=0, description="Weight of |log(cost / budget)| against log(expert loss).")
     temperature: float = Field(0.4, gt=0, description="Gumbel temperature.")
 
     def settings(self) -> RouteSettings:
-        return RouteSettings(**self.model_dump(exclude={"agents", "seeds"}))
+        return RouteSettings(**self.model_dump(exclude={"agents", "seeds", "influence_samples"}))
 
 
 class BudgetConfig(Section):

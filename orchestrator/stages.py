@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from orchestrator import __version__, encode, evaluation
+from orchestrator.calibration import calibrate, read_influence
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry
 from orchestrator.store import RunStore, write_json
 from orchestrator.words import few_steps, predicts
-from workers import data, families, first_stage, latents, partition, tasks, tasks_evaluate
+from workers import data, families, first_stage, latents, partition, tasks, tasks_evaluate, tasks_route
 from workers.contracts import (
     DenoiserRef,
     ExpertCheckpoint,
@@ -38,7 +39,6 @@ from workers.contracts import (
     SimilarityMatrix,
     SimilarityTask,
     derive_seed,
-    digest_of,
 )
 from workers.cost import cost_table, require_reachable
 from workers.latency_table import LatencyTable
@@ -136,13 +136,14 @@ def route(ctx: Context) -> dict[str, Any]:
     """Every agent searches every budget; per budget the plan with the lowest loss is chosen, on images no agent searched on."""
     job, settings = ctx.job, ctx.job.router
     item = route_task(ctx)
+    counted = read_influence(item)
     budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
     axes = {"budget": list(budgets), "agent": agents_of(job), "seed": settings.seeds}
     trials = {
         f"{budget}/{agent}/{seed}": replace(item, budget=budgets[budget], agent=agent, search_seed=seed)
         for budget, agent, seed in itertools.product(*axes.values())
     }
-    found = ctx.cluster.search(tasks.search_plan, axes, trials, ctx.folder)
+    found = ctx.cluster.search(tasks_route.search_plan, axes, trials, ctx.folder)
     plans = [trial.plan for trial in found.values() if trial.plan]
     chosen = {budget: min((p for p in plans if p.budget.name == budget), key=lambda p: p.loss) for budget in budgets}
     for budget, plan in chosen.items():
@@ -151,7 +152,7 @@ def route(ctx: Context) -> dict[str, Any]:
     served = {f"{p.budget.scheduler}:{p.budget.steps}": [round(share * p.budget.steps) for share in p.shares] for p in chosen.values()}
     for warning in few_steps(item.partition, served):
         ctx.say(f"  warning: {warning}")
-    return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans]}
+    return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans], "influence": counted}
 
 
 def agents_of(job: JobConfig) -> list[str]:
@@ -160,7 +161,7 @@ def agents_of(job: JobConfig) -> list[str]:
 
 
 def route_task(ctx: Context, stage: str = "route") -> RouteTask:
-    """What the trials of a plan search share: the elastic experts, and their sensitivity tables, measured once for route and all sweeps."""
+    """What the trials of a plan search share: the elastic experts, and what was measured of them."""
     job, settings = ctx.job, ctx.job.router
     images, train, _ = _images(ctx)
     experts = tuple(_located(ctx, e) for e in ctx.results["specialize"]["experts"])
@@ -180,16 +181,7 @@ def route_task(ctx: Context, stage: str = "route") -> RouteTask:
         stage=stage,
         mixed_precision=job.specialize.mixed_precision,
     )
-    tables = [(item, k, str(_sensitivity_file(ctx, expert))) for k, expert in enumerate(experts)]
-    ctx.cluster.scatter(tasks.expert_sensitivity, [table for table in tables if not Path(table[2]).exists()])
-    return replace(item, sensitivity=tuple(out for _, _, out in tables))
-
-
-def _sensitivity_file(ctx: Context, expert: ExpertCheckpoint) -> Path:
-    """Where an expert's sensitivities lie: as good as new while its weights and the calibration images are the same."""
-    trained = [ctx.fingerprints["specialize"], expert.interval.name, expert.step, expert.loss, expert.ended]
-    measured = [ctx.job.router.images, next(stage.version for stage in STAGES if stage.name == "route")]
-    return ctx.store.folder / "cache" / f"sensitivity-{expert.interval.name}-{digest_of([trained, measured])[:10]}.json"
+    return calibrate(ctx, item)
 
 
 def finetune(ctx: Context) -> dict[str, Any]:
@@ -310,8 +302,8 @@ STAGES = (
         "route",
         route,
         ("specialize",),
-        ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps", "finetune.compare"),
-        version=2,
+        ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps", "sampler.guidance_scale", "finetune.compare"),
+        version=3,
     ),
     Stage("finetune", finetune, ("route",), ("finetune",), ("finetune.checkpoint_every",), version=2),
     Stage(

@@ -19,7 +19,7 @@ from orchestrator.pipeline import Context, Pipeline, Stage
 from orchestrator.planning import Prepared
 from orchestrator.stages import STAGES, agents_of, route_task
 from orchestrator.words import few_steps
-from workers import diffusion, families, names_in, routers, tasks
+from workers import diffusion, families, names_in, routers, tasks_route
 from workers.contracts import METRICS, Budget, InputError, Partition, RouteTask, digest_of
 from workers.cost import require_reachable
 from workers.files import replacing
@@ -187,7 +187,7 @@ def sweep(axes: Axes, ctx: Context) -> dict[str, Any]:
         "seed": list(axes.seeds),
     }
     alone = {key: task for key, task in trials.items() if key not in found}
-    found |= ctx.cluster.search(tasks.search_plan, values, alone, ctx.folder, axes.stop_early)
+    found |= ctx.cluster.search(tasks_route.search_plan, values, alone, ctx.folder, axes.stop_early)
     served = {}
     scheduler = families.load_scheduler_config(ctx.job.model.path)
     for sampler, budget in {sampler: budget for (_, sampler), budget in budgets.items()}.items():
@@ -211,7 +211,7 @@ def _fronts(ctx: Context, axes: Axes, budgets: Mapping[tuple[str, str], Budget],
         )
         for sampler, agent, seed in itertools.product(axes.samplers, axes.fronts, axes.seeds)
     }
-    ctx.cluster.scatter(tasks.search_front, [front for front in fronts.values() if not Path(front.out).exists()])
+    ctx.cluster.scatter(tasks_route.search_front, [front for front in fronts.values() if not Path(front.out).exists()])
     found: dict[str, SearchTrial] = {}
     for (sampler, agent, seed), front in fronts.items():
         trials = map(SearchTrial.from_json, json.loads(Path(front.out).read_text()))

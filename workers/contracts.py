@@ -320,6 +320,8 @@ class TrainSettings(Record):
     feature_weight: float
     denoising_weight: float
     cuda_graphs: bool = True
+    relative_errors: bool = False
+    """Whether an error counts as a part of the teacher's at its timestep."""
 
 
 @dataclass(frozen=True)
@@ -378,12 +380,25 @@ class RouteTask(Record):
     search_seed: int = 0
     """Seed of the agent; ``seed`` alone decides the calibration images' noise, so that all trials see the same."""
     sensitivity: tuple[str, ...] = ()
+    influence: str | None = None
+    """Where it is written how much an error of each expert counts in the samples; None: the same for all."""
     latency: str | None = None
     """The latency table of a latency budget."""
     stage: str = "route"
     """Under what progress is told: the stage, or a sweep."""
     mixed_precision: str = "no"
     """As the experts were trained: ``bf16`` also runs their calibration under autocast on a GPU."""
+
+
+@dataclass(frozen=True)
+class InfluenceTask(Record):
+    """Measure how much an error of each expert counts: on ``samples`` drawn samples, ``batch`` at a time. ``dense``: file of dense's."""
+
+    route: RouteTask
+    samples: int
+    batch: int
+    guidance_scale: float
+    dense: str
 
 
 @dataclass(frozen=True)

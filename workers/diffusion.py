@@ -77,19 +77,6 @@ class NoiseSchedule:
         abar = self.scheduler.alphas_cumprod.double().cpu().numpy()[np.asarray(timesteps)].clip(min=2**-24)
         return np.log(abar) - np.log1p(-abar)
 
-    def error_weights(self, data_std: float) -> np.ndarray:
-        """float64 [num_timesteps], mean 1: what a unit of squared error of the model's output at each timestep adds to that of the sample.
-
-        In x / sqrt(abar) a sampler's step from sigma to sigma - d moves the sample by d eps, and what is moved at sigma arrives at the end
-        times std / sqrt(sigma^2 + std^2), as the probability flow of Gaussian data of deviation ``data_std`` contracts. On linear betas all
-        timesteps weigh the same within a factor of five: the plain loss of DDPM is about right, one relative to dense's error is not.
-        """
-        log_snr = self.log_snr(range(self.num_timesteps))
-        sigma, abar = np.exp(-log_snr / 2), 1 / (1 + np.exp(-log_snr))
-        weights = (np.gradient(sigma) * data_std) ** 2 / (sigma**2 + data_std**2)
-        weights *= {"epsilon": 1.0, "v_prediction": abar, "sample": abar / (1 - abar)}[self.prediction_type]
-        return weights / weights.mean()
-
 
 def generator(device: torch.device | str, *parts: int | str | float) -> torch.Generator:
     """A generator seeded by ``parts`` alone."""
@@ -104,11 +91,10 @@ def pixels(images: np.ndarray, device: torch.device | str) -> Tensor:
 def draw_timesteps(interval: Interval, num_timesteps: int, count: int, outside_fraction: float, gen: torch.Generator) -> Tensor:
     """``count`` timesteps [count], uniform over the interval; a part of them from just outside, so that borders do not drift (DeMe).
 
-    "Just outside" is a margin of a quarter of the interval's length on either side, cut off at 0 and ``num_timesteps``.
+    "Just outside" is the margin of `Interval.widened`.
     """
-    margin = max(1, interval.length // 4)
-    below = (max(0, interval.start - margin), interval.start)
-    above = (interval.stop, min(num_timesteps, interval.stop + margin))
+    wide = interval.widened(num_timesteps)
+    below, above = (wide.start, interval.start), (interval.stop, wide.stop)
     room = (below[1] - below[0]) + (above[1] - above[0])
     inside = interval.start + torch.randint(interval.length, (count,), generator=gen, device=gen.device)
     if room == 0:

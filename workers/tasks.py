@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import random
-import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +19,25 @@ from workers import (
     latency,
     latents,
     partition,
-    routers,
-    sensitivity,
     similarity,
 )
 from workers.contracts import (
-    ArchitectureSpec,
-    Budget,
     ExpertCheckpoint,
     ExpertTask,
     ImageTask,
-    Interval,
     LatencyTask,
-    MixturePlan,
     Progress,
     RouteTask,
     SimilarityMatrix,
     SimilarityTask,
-    derive_seed,
 )
-from workers.cost import cost_table
-from workers.diffusion import NoiseSchedule, draw_timesteps, generator, sampler_timesteps, steps_per_expert
+from workers.diffusion import NoiseSchedule, draw_timesteps, generator
 from workers.elastic import Branch, ElasticDenoiser, extract, importance_order, reorder
 from workers.files import replacing
-from workers.latency_table import LatencyTable, table_path
+from workers.latency_table import table_path
 from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.training import WHOLE, fit, sandwich
-from workers.trials import FrontTask, SearchTrial
 
 
 def build_images(session: Session, item: ImageTask) -> dict[str, Any]:
@@ -103,7 +88,7 @@ def embed_timesteps(session: Session, item: SimilarityTask) -> str:
         images, conditioner = open_samples(item.images), conditioning.load(item.model, session.device)
         for start in range(0, len(item.rows), item.batch_size):
             rows = item.rows[start : start + item.batch_size]
-            minibatches.append((images.clean(rows, session.device), conditioner(_labels(images, conditioner, rows, session.device))))
+            minibatches.append((images.clean(rows, session.device), conditioner(labels_of(images, conditioner, rows, session.device))))
     unit, started, done = f"t{item.timesteps[0]:04d}-{item.timesteps[-1]:04d}", time.time(), 0
 
     def on_timestep() -> None:
@@ -118,7 +103,7 @@ def embed_timesteps(session: Session, item: SimilarityTask) -> str:
     return item.out
 
 
-def _labels(images: Samples, conditioner: conditioning.Conditioner, rows: Sequence[int], device: str) -> Tensor | None:
+def labels_of(images: Samples, conditioner: conditioning.Conditioner, rows: Sequence[int], device: str) -> Tensor | None:
     """The classes of some rows, if the denoiser is told any."""
     return None if conditioner.classes.argument is None else images.labels_of(rows).to(device)
 
@@ -222,7 +207,7 @@ def _importance(
             clean = images.clean(rows, session.device)
             t = draw_timesteps(item.interval, schedule.num_timesteps, len(clean), 0.0, gen)
             noise = torch.randn(clean.shape, generator=gen, device=clean.device)
-            told = conditioner(_labels(images, conditioner, rows, session.device))
+            told = conditioner(labels_of(images, conditioner, rows, session.device))
             yield nn.functional.mse_loss(model(schedule.noised(clean, noise, t), t, **told).sample, schedule.target(clean, noise, t))
 
     return importance_order(model, branches, losses, "taylor")
@@ -235,148 +220,3 @@ def load_elastic(path: str, model_path: str, item: ExpertTask | RouteTask) -> El
         model = families.build(config)
     model.load_state_dict(checkpoint.read(path, prefix="ema.")[0], assign=True)
     return ElasticDenoiser(model.eval().requires_grad_(False), families.family_of_config(config).sites(model, item.elastic))
-
-
-# --- routing --------------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def _known_losses(item: RouteTask) -> dict[tuple[int, ArchitectureSpec], float]:
-    """Search losses of sub-networks, shared by all trials of a worker process: a budget need not run what another has run."""
-    return {}
-
-
-@functools.lru_cache(maxsize=1)
-def _calibration(item: RouteTask) -> tuple[list[ElasticDenoiser], list[routers.CalibrationBatch], list[routers.CalibrationBatch]]:
-    """Elastic experts and calibration batches, loaded once per worker process however many trials it runs."""
-    schedule = NoiseSchedule(families.load_scheduler_config(item.model))
-    teacher = families.load_denoiser(item.model).to(item.device)
-    images, conditioner = open_samples(item.images), conditioning.load(item.model, item.device)
-    experts = [load_elastic(expert.path, item.model, item).to(item.device) for expert in item.experts]
-    half = len(item.rows) // 2
-    std = float(images.clean(item.rows, item.device).std())
-    weights = torch.tensor(schedule.error_weights(std), dtype=torch.float32, device=item.device)
-
-    def batch(interval: Interval, rows: Sequence[int], name: str) -> routers.CalibrationBatch:
-        gen = generator(item.device, item.seed, "calibration", name, interval.start)
-        clean = images.clean(rows, item.device)
-        # stratified timesteps: the whole interval is seen whatever the number of images
-        t = (interval.start + (torch.arange(len(rows), device=clean.device) + 0.5) * interval.length / len(rows)).long()
-        noise = torch.randn(clean.shape, generator=gen, device=clean.device)
-        noisy = schedule.noised(clean, noise, t)
-        with torch.no_grad():
-            told = conditioner(_labels(images, conditioner, rows, item.device))
-        taught = routers.predict(teacher, noisy, t, told)
-        return routers.CalibrationBatch(noisy, t, schedule.target(clean, noise, t), taught, told, item.mixed_precision, 1 / weights[t])
-
-    search = [batch(interval, item.rows[:half], "search") for interval in item.partition.intervals]
-    score = [batch(interval, item.rows[half:], "score") for interval in item.partition.intervals]
-    lengths = torch.tensor([interval.length for interval in item.partition.intervals], device=item.device)
-    dense = (torch.stack([part.dense_error for part in score]) * lengths).sum() / lengths.sum()
-    return experts, [part.relative_to(dense) for part in search], [part.relative_to(dense) for part in score]
-
-
-def _shared(item: RouteTask) -> RouteTask:
-    """The part of a trial that all trials share, whatever their budget and sampler: the key of the per-process cache."""
-    budget = Budget("macs", 1.0, "ddim", 1)
-    return replace(item, agent="", search_seed=0, sensitivity=(), budget=budget, latency=None, stage="route")
-
-
-def expert_sensitivity(session: Session, item: tuple[RouteTask, int, str]) -> str:
-    """Write expert k's sensitivity table (site -> choice -> loss rise) as JSON."""
-    task, k, out = item
-    unit, started = f"sensitivity {task.experts[k].interval.name}", time.time()
-    session.report(Progress(task.stage, unit, 0, 1))
-    experts, search, _ = _calibration(_shared(task))
-    table = sensitivity.measure_sensitivity(experts[k], search[k])
-    session.report(Progress(task.stage, unit, 1, 1, seconds=time.time() - started))
-    with replacing(Path(out)) as path:
-        path.write_text(json.dumps(table))
-    return out
-
-
-def search_plan(session: Session, item: RouteTask) -> SearchTrial:
-    """One trial: one agent searches one budget with one seed, and tells the session how it goes. Raises: BudgetUnreachable."""
-    [trial] = _search(session, item, (item.budget,))
-    return trial
-
-
-def search_front(session: Session, item: FrontTask) -> str:
-    """The trials of all budgets of one agent that serves them in one search. Raises: BudgetUnreachable."""
-    trials = _search(session, item.task, item.budgets)
-    with replacing(Path(item.out)) as path:
-        path.write_text(json.dumps([trial.to_json() for trial in trials]))
-    return item.out
-
-
-def _search(session: Session, item: RouteTask, budgets: Sequence[Budget]) -> list[SearchTrial]:
-    """A trial per budget, all of one metric and sampler, from one search; with several, by an agent that serves fronts."""
-    started, agent, told = time.perf_counter(), routers.agent(item.agent), 0
-    name = budgets[0].name if len(budgets) == 1 else f"{len(budgets)} budgets"
-    unit = f"{name} {budgets[0].scheduler}-{budgets[0].steps} {item.agent} seed {item.search_seed}"
-
-    def trial(plan: MixturePlan | None, relative_loss: float, part: float) -> SearchTrial:
-        seconds, images = (time.perf_counter() - started) / len(budgets), round(problem.effort.images / len(budgets))
-        return SearchTrial(plan, relative_loss, part, seconds, worker, loads, images, len(budgets))
-
-    def on_report(done: int, total: int, best: float) -> None:
-        nonlocal told
-        if done * 10 // total > told:  # every tenth: whoever listens may take its time
-            told = done * 10 // total
-            session.report(Progress(item.stage, unit, done, total, best, seconds=time.perf_counter() - started))
-            session.report_search(trial(None, best * len(budgets) / sum(uniform_losses), done / total))
-
-    session.report(Progress(item.stage, unit, 0, 1))
-    problem = replace(_problem(replace(item, budget=budgets[0])), report=on_report)
-    problems = [replace(problem, ratio=budget.ratio) for budget in budgets]
-    loads, worker = _calibration.cache_info().misses, f"{socket.gethostname()}:{os.getpid()}"
-    rng = random.Random(derive_seed(item.seed, item.search_seed, item.agent, name))
-    uniforms = [routers.agent("uniform").search(p, item.settings, rng) for p in problems]
-    uniform_losses = [max(p.loss(plan), 1e-12) for p, plan in zip(problems, uniforms, strict=True)]
-    if len(budgets) == 1:
-        found = [agent.search(problem, item.settings, rng)]
-    else:
-        found = agent.search_front(problem, [budget.ratio for budget in budgets], item.settings, rng)
-    seconds = (time.perf_counter() - started) / len(budgets)
-    plans = [_plan(item, *each, seconds) for each in zip(budgets, problems, found, uniforms, strict=True)]
-    session.report(Progress(item.stage, unit, 1, 1, plans[-1].loss, seconds=time.perf_counter() - started))
-    return [trial(plan, p.loss(plan.experts) / least, 1.0) for plan, p, least in zip(plans, problems, uniform_losses, strict=True)]
-
-
-def _plan(
-    item: RouteTask, budget: Budget, problem: routers.RouteProblem, found: routers.Specs, uniform: routers.Specs, seconds: float
-) -> MixturePlan:
-    """What an agent found, as a plan with its costs, its loss, and why. Raises: RunFailed if it breaks the agent's contract."""
-    # an expert that this sampler never calls costs and teaches nothing: it gets the uniform architecture, in case another sampler does
-    specs = routers.check_plan(problem, tuple(s if share else u for s, u, share in zip(found, uniform, problem.shares, strict=True)))
-    gain, error = problem.compare(uniform, specs)
-    return MixturePlan(
-        budget=budget,
-        agent=item.agent,
-        seed=item.search_seed,
-        partition=item.partition,
-        experts=specs,
-        shares=tuple(problem.shares),
-        expert_costs=tuple(problem.table.cost(spec) for spec in specs),
-        dense_cost=problem.table.dense,
-        loss=problem.score(specs),
-        search_seconds=seconds,
-        gain=gain,
-        gain_error=error,
-        reasons=sensitivity.reasons(problem, specs),
-    )
-
-
-def _problem(item: RouteTask) -> routers.RouteProblem:
-    """What an agent is asked: the loaded experts, what each choice costs, and how many of the sampler's steps each expert serves."""
-    experts, search, score = _calibration(_shared(item))
-    table = cost_table(families.load_config(item.model), item.elastic)
-    if item.latency is not None:
-        table = table.with_latency(LatencyTable.load(Path(item.latency)))
-    timesteps = sampler_timesteps(item.budget.scheduler, families.load_scheduler_config(item.model), item.budget.steps)
-    shares = tuple(count / len(timesteps) for count in steps_per_expert(item.partition, timesteps))
-    tables = [
-        {s: {int(c): v for c, v in row.items()} for s, row in json.loads(Path(path).read_text()).items()} for path in item.sensitivity
-    ]
-    known = _known_losses(_shared(item))
-    return routers.RouteProblem(experts, table, shares, item.budget.ratio, search, score, tables, item.budget.metric, known)

@@ -56,6 +56,11 @@ class Interval(Record):
     def name(self) -> str:
         return f"t{self.start:04d}-{self.stop:04d}"
 
+    def widened(self, num_timesteps: int) -> Interval:
+        """With a margin of a quarter of its length on either side, cut off at 0 and ``num_timesteps``."""
+        margin = max(1, self.length // 4)
+        return Interval(max(0, self.start - margin), min(num_timesteps, self.stop + margin))
+
 
 @dataclass(frozen=True)
 class Partition(Record):

@@ -67,14 +67,26 @@ def _mean_square(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dtype=torch.float32).square() / values.numel()
 
 
-def expert_loss(predicted: Tensor, features: Sequence[Tensor], taught: Taught, target: Tensor, settings: TrainSettings) -> Tensor:
-    """Output distillation + feature distillation (each level relative to the teacher's energy) + denoising."""
+def expert_loss(
+    predicted: Tensor, features: Sequence[Tensor], taught: Taught, target: Tensor, settings: TrainSettings, weights: Tensor | None = None
+) -> Tensor:
+    """Output distillation + feature distillation (each level relative to the teacher's energy) + denoising.
+
+    ``weights`` [B]: how much each image's errors of the output count.
+    """
     ratios = [_mean_square(mine - theirs) / energy for mine, theirs, energy in zip(features, taught.features, taught.energies, strict=True)]
     return (
-        settings.output_weight * F.mse_loss(predicted.float(), taught.output)
+        settings.output_weight * _weighted_error(predicted, taught.output, weights)
         + settings.feature_weight * torch.stack(ratios).mean()
-        + settings.denoising_weight * F.mse_loss(predicted.float(), target)
+        + settings.denoising_weight * _weighted_error(predicted, target, weights)
     )
+
+
+def _weighted_error(predicted: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean squared error of a batch [B, C, H, W] whose images count ``weights`` [B]."""
+    if weights is None:
+        return F.mse_loss(predicted.float(), wanted)
+    return ((predicted.float() - wanted).square().flatten(1).mean(1) * weights).mean()
 
 
 class Batch(NamedTuple):
@@ -130,6 +142,8 @@ class Trainer:
     features: Features
     taught_features: Features
     settings: TrainSettings
+    weights: Tensor | None
+    """How much an error at each timestep counts [T]; None: all the same."""
     captured: Captured | None = field(default=None, init=False)
 
     @classmethod
@@ -141,6 +155,7 @@ class Trainer:
         features: Sequence[str],
         schedule: NoiseSchedule,
         settings: TrainSettings,
+        weights: Tensor | None = None,
     ) -> Trainer:
         """``features``: the modules of both networks whose outputs are distilled. Both are on the accelerator's device; the teacher is
         converted to the precision of the steps."""
@@ -157,7 +172,9 @@ class Trainer:
         for parameter in (*elastic.parameters(), *running.parameters()):
             parameter.grad = torch.zeros_like(parameter)  # graphs write to where it is
         hooks, taught = Features(running.model, features), Features(teacher, features)
-        return cls(accelerator, elastic, running, teacher, accelerator.prepare(optimizer), averaged, schedule, hooks, taught, settings)
+        return cls(
+            accelerator, elastic, running, teacher, accelerator.prepare(optimizer), averaged, schedule, hooks, taught, settings, weights
+        )
 
     def step(self, step: int, batch: Batch, networks: Sequence[ArchitectureSpec | None]) -> Tensor:
         """One optimiser step; returns the mean loss over the sub-networks (0-d, on the device)."""
@@ -213,7 +230,8 @@ class Trainer:
     def _learn(self, lesson: Lesson, spec: ArchitectureSpec | None, share: float) -> Tensor:
         """One sub-network's gradient, times ``share``; returns its loss, times ``share``."""
         predicted = self.running(lesson.noisy, lesson.timesteps, spec, **lesson.told)
-        loss = expert_loss(predicted, self.features.take(), lesson.taught, lesson.target, self.settings) * share
+        weights = None if self.weights is None else self.weights[lesson.timesteps]
+        loss = expert_loss(predicted, self.features.take(), lesson.taught, lesson.target, self.settings, weights) * share
         self.accelerator.backward(loss)
         return loss.detach()
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
-from workers import checkpoint, conditioning, data
+from workers import checkpoint, conditioning, data, dense_error
 from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Progress, RunFailed, SearchSpace, derive_seed
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator
 from workers.elastic import ElasticDenoiser
@@ -91,7 +91,11 @@ def fit(
     teacher.to(device).requires_grad_(False)
     elastic.to(device)
     conditioner.to(device)
-    trainer = Trainer.of(accelerator, elastic, teacher, features, schedule, settings)
+    weights = None
+    if settings.relative_errors:
+        found = session.agree(_timestep_weights(task, images, conditioner, schedule, teacher, device))
+        weights = torch.tensor(found, device=device)
+    trainer = Trainer.of(accelerator, elastic, teacher, features, schedule, settings, weights)
 
     step, history = 0, []
     with session.resume() as folder:
@@ -136,6 +140,30 @@ def fit(
             told = time.time()
     loss = history[-1][1] if history else 0.0
     return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, time.time())
+
+
+def _timestep_weights(
+    task: ExpertTask,
+    images: Samples,
+    conditioner: conditioning.Conditioner,
+    schedule: NoiseSchedule,
+    teacher: nn.Module,
+    device: torch.device,
+) -> list[float]:
+    """[T]: the inverse of the teacher's denoising error, measured where an expert's timesteps reach."""
+    interval, chunk = task.interval.widened(schedule.num_timesteps), 16
+    timesteps = [interval.start + (2 * i + 1) * interval.length // (2 * dense_error.IMAGES) for i in range(dense_error.IMAGES)]
+    errors: list[Tensor] = []
+    for i in range(0, len(timesteps), chunk):
+        rows = [task.rows[(j * len(task.rows)) // len(timesteps)] for j in range(i, i + chunk)]
+        gen, t = generator(device, task.seed, "weights", i), torch.tensor(timesteps[i : i + chunk], device=device)
+        clean = images.clean(rows, device)
+        noise = torch.randn(clean.shape, generator=gen, device=device)
+        labels = None if conditioner.classes.argument is None else images.labels_of(rows).to(device)
+        with torch.no_grad():
+            output = teacher(schedule.noised(clean, noise, t), t, **conditioner(labels)).sample
+        errors.append((output - schedule.target(clean, noise, t)).square().flatten(1).mean(1))
+    return (1 / dense_error.DenseError.fit(schedule, timesteps, torch.cat(errors).tolist())()).tolist()
 
 
 def _batch(

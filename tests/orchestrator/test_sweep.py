@@ -17,7 +17,7 @@ from orchestrator import cli, figures_sweep, planning, sweep
 from orchestrator.cli import main
 from orchestrator.cluster import InlineCluster, Need
 from orchestrator.config import load_job
-from workers import families, tasks
+from workers import families, tasks_route
 from workers.contracts import MixturePlan
 from workers.trials import SearchTrial
 
@@ -131,7 +131,7 @@ def test_asked_again_in_other_words_it_is_already_done(first, job):
 
 
 def test_other_questions_are_other_sweeps_and_show_finds_each(first, job, monkeypatch):
-    monkeypatch.setattr(tasks, "search_plan", fake_search)
+    monkeypatch.setattr(tasks_route, "search_plan", fake_search)
     other = json.loads(diffpruning("sweep", "run", job, "--seeds", "3", "--inline", "--json").stdout)
     one = json.loads(first.stdout)["id"]
     assert other["id"] != one
@@ -154,7 +154,7 @@ def fake_search(session, item) -> SearchTrial:
 
 
 def test_an_interrupted_sweep_goes_on_without_the_trials_that_ended(first, job, monkeypatch):
-    monkeypatch.setattr(tasks, "search_plan", fake_search)
+    monkeypatch.setattr(tasks_route, "search_plan", fake_search)
     monkeypatch.setattr(cli, "_leave", sys.exit)
     command = ("sweep", "run", job, "--agents", "era", "--seeds", "5,6", "--inline", "--json")
     searched.clear()
@@ -185,7 +185,7 @@ EIGHT = "0.4,0.5,0.55,0.6,0.65,0.7,0.8,0.9"
 def test_a_sweep_over_eight_budgets_of_the_era_costs_less_than_three_searches(first, job):
     costs = []
     for budgets in ("0.5", EIGHT):
-        tasks._known_losses.cache_clear()  # as a new worker process
+        tasks_route._known_losses.cache_clear()  # as a new worker process
         done = diffpruning("sweep", "run", job, "--budgets", budgets, "--agents", "era", "--seeds", "0", "--inline", "--json")
         rows = [trial for trial in trials(done) if trial["agent"] == "era"]
         assert [row["ratio"] for row in rows] == [float(ratio) for ratio in budgets.split(",")]
@@ -198,7 +198,7 @@ def test_a_sweep_over_eight_budgets_of_the_era_costs_less_than_three_searches(fi
 
 
 def test_an_interrupted_sweep_does_not_repeat_the_front_that_ended(first, job, monkeypatch):
-    fronts, search_front = [], tasks.search_front
+    fronts, search_front = [], tasks_route.search_front
 
     def spy(session, item):
         fronts.append((item.task.budget.scheduler, item.budgets[0].steps, item.task.search_seed))
@@ -206,7 +206,7 @@ def test_an_interrupted_sweep_does_not_repeat_the_front_that_ended(first, job, m
             raise KeyboardInterrupt
         return search_front(session, item)
 
-    monkeypatch.setattr(tasks, "search_front", spy)
+    monkeypatch.setattr(tasks_route, "search_front", spy)
     monkeypatch.setattr(cli, "_leave", sys.exit)
     command = ("sweep", "run", job, "--budgets", "0.6,0.7", "--agents", "era", "--samplers", "ddim:20,ddim:50", "--inline", "--json")
     assert diffpruning(*command).exit_code == 130
@@ -217,13 +217,13 @@ def test_an_interrupted_sweep_does_not_repeat_the_front_that_ended(first, job, m
 
 
 def test_sensitivities_are_measured_once_for_all_sweeps_and_again_for_other_images(first, job, monkeypatch):
-    measured, expert_sensitivity = [], tasks.expert_sensitivity
+    measured, expert_sensitivity = [], tasks_route.expert_sensitivity
 
     def spy(session, item):
         measured.append(item[1])
         return expert_sensitivity(session, item)
 
-    monkeypatch.setattr(tasks, "expert_sensitivity", spy)
+    monkeypatch.setattr(tasks_route, "expert_sensitivity", spy)
     command = ("sweep", "run", job, "--budgets", "0.75", "--agents", "greedy", "--inline", "--json")
     assert trials(diffpruning(*command))
     assert measured == []

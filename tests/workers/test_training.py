@@ -16,12 +16,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from workers import data, families, tasks, training
+from workers import conditioning, data, families, tasks, training
 from workers.contracts import ElasticSettings, ExpertTask, ImageTask, Interval, RunFailed, TrainSettings
 from workers.diffusion import NoiseSchedule
 from workers.elastic import ElasticDenoiser
+from workers.samples import open_samples
 from workers.session import Session
-from workers.trainer import Batch, Trainer, learning_rate
+from workers.trainer import Batch, Taught, Trainer, expert_loss, learning_rate
 
 SETTINGS = TrainSettings(
     steps=6,
@@ -37,6 +38,7 @@ SETTINGS = TrainSettings(
     output_weight=1.0,
     feature_weight=0.5,
     denoising_weight=0.1,
+    relative_errors=True,
 )
 
 
@@ -70,6 +72,31 @@ class DiesAfter(Session):
         super().save(step, write)
         if step == 3:
             raise Killed
+
+
+def test_errors_count_by_their_weights_and_weights_of_one_change_nothing():
+    predicted, wanted, target = torch.randn(3, 2, 3, 8, 8)
+    taught = Taught.of(wanted, [wanted])
+    plain = expert_loss(predicted, [wanted], taught, target, SETTINGS)
+    torch.testing.assert_close(expert_loss(predicted, [wanted], taught, target, SETTINGS, torch.ones(2)), plain)
+    alone = expert_loss(predicted[:1], [wanted], taught._replace(output=wanted[:1]), target[:1], SETTINGS)
+    torch.testing.assert_close(expert_loss(predicted, [wanted], taught, target, SETTINGS, torch.tensor([2.0, 0.0])), alone)
+
+
+def test_an_expert_learns_in_units_of_the_teachers_error(task, tmp_path):
+    """The weights of an interval are one over the teacher's error there: multiplied with it they give one everywhere."""
+    images, schedule = open_samples(task.images), NoiseSchedule(families.load_scheduler_config(task.model))
+    teacher, nobody = families.load_denoiser(task.model), conditioning.load(task.model)
+    wide = dataclasses.replace(task, interval=Interval(0, 1000))
+    weights = torch.tensor(training._timestep_weights(wide, images, nobody, schedule, teacher, torch.device("cpu")))
+    clean, products = images.clean(range(40), "cpu"), []
+    for t in (20, 300, 600):
+        noise, at = torch.randn(clean.shape, generator=torch.Generator().manual_seed(t)), torch.full((40,), t)
+        with torch.no_grad():
+            error = (teacher(schedule.noised(clean, noise, at), at).sample - noise).square().mean()
+        products.append(float(weights[t] * error))
+    assert all(0.5 < product < 2 for product in products), products
+    assert weights[600] > 10 * weights[20]
 
 
 def test_six_steps_equal_three_and_resume_and_three(task, tmp_path):

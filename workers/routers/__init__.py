@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -47,9 +47,6 @@ def serves_fronts(name: str) -> bool:
 
 CHUNK = 256
 """Images of one forward pass at most."""
-FLOOR = 0.01
-"""The least dense error that losses are relative to, as a part of the target's energy. Where nearly all is noise the dense model errs by
-a thousandth: relative to that, every cut would look like a catastrophe, and that one interval would swallow the whole budget."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,11 @@ class CalibrationBatch:
     mixed_precision: str = "no"
     """``bf16``: forward passes run under autocast on a GPU."""
     scale: Tensor | None = None
-    """What errors are divided by, 0-d or [n]; None: the dense model's denoising error, but no less than FLOOR of the target's energy."""
+    """What errors are divided by, 0-d or [n]: the dense model's denoising error, its mean over the batch if it is not given."""
 
     def __post_init__(self) -> None:
         if self.scale is None:
-            error = F.mse_loss(self.taught, self.target)
-            object.__setattr__(self, "scale", torch.maximum(error, FLOOR * self.target.square().mean()).clamp_min(1e-8))
+            object.__setattr__(self, "scale", F.mse_loss(self.taught, self.target).clamp_min(1e-8))
 
     def __len__(self) -> int:
         return len(self.noisy)
@@ -82,18 +78,20 @@ class CalibrationBatch:
         """
         taught, target = _error(predicted.float(), self.taught), _error(predicted.float(), self.target)
         assert self.scale is not None
-        return 1 + (taught + target - _error(self.taught, self.target)) / self.scale
+        return 1 + (taught + target - self.dense_errors) / self.scale
 
     @property
-    def dense_error(self) -> Tensor:
-        """The dense model's denoising error in units of ``scale``, 0-d."""
-        assert self.scale is not None
-        return (_error(self.taught, self.target) / self.scale).mean()
+    def dense_errors(self) -> Tensor:
+        """The dense model's denoising error per image [n]."""
+        return _error(self.taught, self.target)
 
-    def relative_to(self, error: Tensor) -> CalibrationBatch:
-        """The same batch, whose losses count errors as parts of ``error``."""
+    @torch.no_grad()
+    def error(self, expert: ElasticDenoiser, spec: ArchitectureSpec) -> float:
+        """Mean distillation error of a sub-network, in units of ``scale``."""
         assert self.scale is not None
-        return replace(self, scale=self.scale * error)
+        with self.autocast():
+            predicted = predict(functools.partial(expert, spec=spec), self.noisy, self.timesteps, self.told)
+        return float((_error(predicted, self.taught) / self.scale).mean())
 
     def loss(self, predicted: Tensor) -> Tensor:
         """Mean of ``losses``, 0-d."""

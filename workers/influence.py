@@ -1,0 +1,152 @@
+"""How much does an error of each expert count in the samples? Measured: one expert at a time is replaced by a narrow sub-network of it.
+
+All else being dense, how far the samples move from dense's of the same noise, per unit of the sub-network's error, is that expert's
+influence. A noise schedule cannot tell it: where all is noise a small error sends the sampler down another path, near the clean end it
+stays where it was made. Distances are taken in what the dense denoiser itself makes of the samples, so no other network is needed.
+Legend: n samples [n, C, H, W] in the denoiser's scale; K experts; d features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workers.conditioning import Conditioner
+from workers.diffusion import NoiseSchedule, make_sampler
+from workers.frechet import Statistics, frechet_distance
+from workers.timesteps import Partition
+
+STEPS = 25
+"""Most steps that samples are drawn with here: what the errors of an interval add up to hardly depends on how many there are."""
+LEVEL = 1.5
+"""Of the narrow sub-networks, see `uniform.at_level`: half of all widths between dense and narrowest."""
+LEAST, MOST = 0.1, 10.0
+"""Bounds of an influence relative to the mean: a few hundred samples do not tell more."""
+NOISE_LEVEL = 0.02
+"""Timestep, as a part of all, to whose noise samples are brought for their features: the denoiser never saw clean ones."""
+DIRECTIONS = 64
+"""Features are compared in at most so many directions, those in which dense's vary most."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The same n samples, drawn by DDIM without added noise: by dense, or with another network in one interval."""
+
+    dense: nn.Module
+    levels: Sequence[str]
+    """Modules of the dense denoiser whose outputs are its view of the samples."""
+    conditioner: Conditioner
+    config: Mapping[str, Any]
+    """Of the model's scheduler."""
+    partition: Partition
+    sampler: str
+    steps: int
+    guidance_scale: float
+    noise: Tensor
+    """[n, C, H, W], what the samples are drawn from."""
+    labels: Tensor | None
+    """Their classes [n], if there are any."""
+    batch: int
+
+    def entries(self) -> list[int | None]:
+        """The first step that each expert serves; None if it serves none."""
+        served = [self.partition.index_of(float(t)) for t in self._sampler().timesteps]
+        return [served.index(k) if k in served else None for k in range(len(self.partition))]
+
+    def draw_dense(self) -> dict[str, np.ndarray]:
+        """The dense model's states where expert k takes over, ``state k``, and the features of its samples, ``features i`` [n, d]."""
+        found: dict[str, list[Tensor]] = {}
+        for rows in self._chunks():
+            for step, x in enumerate(self._follow(self.noise[rows], rows, {})):
+                for k, entry in enumerate(self.entries()):
+                    if entry == step:
+                        found.setdefault(f"state {k}", []).append(x)
+            for i, level in enumerate(self._view(x, rows)):
+                found.setdefault(f"features {i}", []).append(level)
+        return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+
+    def distance(self, expert: int, network: nn.Module, dense: Mapping[str, np.ndarray]) -> float | None:
+        """How far the samples move if ``network`` serves the expert's interval (`moved`); None if no step falls into it."""
+        entry, levels = self.entries()[expert], [name for name in dense if name.startswith("features")]
+        if entry is None:
+            return None
+        found: list[list[Tensor]] = []
+        for rows in self._chunks():
+            start = torch.from_numpy(dense[f"state {expert}"][rows]).to(self.noise.device)
+            *_, samples = self._follow(start, rows, {expert: network}, entry)
+            found.append(self._view(samples, rows))
+        mine = [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
+        return moved(mine, [dense[name] for name in levels])
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor, rows: slice, networks: Mapping[int, nn.Module], first: int = 0) -> Iterator[Tensor]:
+        """The states before each step from ``first`` on, and the samples, from ``x``; other than ``networks``, dense serves."""
+        sampler, labels = self._sampler(), None if self.labels is None else self.labels[rows]
+        predictors: dict[int, Callable[[Tensor, Any], Tensor]] = {}
+        for t in sampler.timesteps[first:]:
+            yield x
+            k = self.partition.index_of(float(t))
+            if k not in predictors:
+                predictors[k] = self.conditioner.guide(networks.get(k, self.dense), labels, self.guidance_scale)
+            x = sampler.step(predictors[k](x, t.to(x.device)).float(), t, x).prev_sample
+        yield x
+
+    @torch.no_grad()
+    def _view(self, samples: Tensor, rows: slice) -> list[Tensor]:
+        """Per level, the mean over space of what the dense denoiser makes of samples under a little noise, the same for all: [n, d]."""
+        schedule, found = NoiseSchedule(dict(self.config)), []
+        noise = self.noise[:1].expand_as(samples)
+        hooks = [self.dense.get_submodule(name).register_forward_hook(lambda _, __, out: found.append(_mean(out))) for name in self.levels]
+        try:
+            t = torch.full((len(samples),), int(NOISE_LEVEL * schedule.num_timesteps), device=samples.device)
+            labels = None if self.labels is None else self.labels[rows]
+            self.dense(schedule.noised(samples, noise, t), t, **self.conditioner(labels))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _sampler(self) -> Any:
+        sampler = make_sampler(self.sampler if self.sampler.startswith("ddim") else "ddim", dict(self.config))
+        sampler.set_timesteps(min(self.steps, STEPS))
+        return sampler
+
+    def _chunks(self) -> list[slice]:
+        return [slice(i, i + self.batch) for i in range(0, len(self.noise), self.batch)]
+
+
+def _mean(output: Any) -> Tensor:
+    """[n, C, H, W] -> [n, C]; blocks of the way down answer with a tuple."""
+    return (output[0] if isinstance(output, tuple) else output).float().mean((2, 3))
+
+
+def moved(samples: Sequence[np.ndarray], dense: Sequence[np.ndarray]) -> float:
+    """How far samples are from dense's: the Frechet distance as a part of the variance of dense's features [n, d], the mean over levels."""
+    found = []
+    for mine, theirs in zip(samples, dense, strict=True):
+        mine, theirs = mine.astype(np.float64), theirs.astype(np.float64)
+        axes = np.linalg.svd(theirs - theirs.mean(0), full_matrices=False)[2][:DIRECTIONS].T
+        a, b = Statistics.of(mine @ axes), Statistics.of(theirs @ axes)
+        found.append(max(0.0, frechet_distance(a, b)) / max(float(np.trace(b.cov)), 1e-12))
+    return float(np.mean(found))
+
+
+def influences(distances: Sequence[float | None], errors: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
+    """What a unit of error of each expert moves the samples, per step it serves; the mean over the steps is 1.
+
+    ``distances``: how far the samples moved while that expert alone was narrow, None if it served no step; ``errors``: of its sub-network;
+    ``shares``: of the steps.
+    """
+    raw = [d / (s * max(e, 1e-12)) if d is not None and s > 0 else None for d, e, s in zip(distances, errors, shares, strict=True)]
+    known = [(value, share) for value, share in zip(raw, shares, strict=True) if value is not None]
+    mean = sum(value * share for value, share in known) / max(sum(share for _, share in known), 1e-12)
+    if not mean > 0:  # nothing moved at all
+        return (1.0,) * len(raw)
+    bounded = [1.0 if value is None else min(MOST, max(LEAST, value / mean)) for value in raw]
+    mean = sum(value * share for value, share in zip(bounded, shares, strict=True))
+    return tuple(value / mean for value in bounded)
