@@ -156,17 +156,19 @@ def key_rows(e: Evidence, columns: Sequence[Column]) -> dict[str, list[Row]]:
 
 
 class ExpertRow(NamedTuple):
-    """One expert of a plan: the sampler's steps that it serves, its part of them, its cost as a part of dense, and why it is so."""
+    """One expert of a plan: the sampler's steps that it serves, its part of them, how much an error of it counts per step (1 on average),
+    its cost as a part of dense, and why it is so."""
 
     name: str
     steps: int
     share: float
+    influence: float
     cost: float
     params: int
     reasons: list[str]
 
 
-def expert_rows(plan: MixturePlan) -> list[ExpertRow]:
+def expert_rows(plan: MixturePlan, influence: Sequence[float]) -> list[ExpertRow]:
     """From clean to noisy."""
     names, metric = [span(interval) for interval in plan.partition.intervals], plan.budget.metric
     reasons = plan.reasons or ((),) * len(names)
@@ -175,11 +177,12 @@ def expert_rows(plan: MixturePlan) -> list[ExpertRow]:
             name,
             round(share * plan.budget.steps),
             share,
+            counts,
             cost.of(metric) / plan.dense_cost.of(metric),
             cost.params,
             explain([replace(reason, site=figures.short_name(reason.site)) for reason in why]),
         )
-        for name, share, cost, why in zip(names, plan.shares, plan.expert_costs, reasons, strict=True)
+        for name, share, counts, cost, why in zip(names, plan.shares, influence, plan.expert_costs, reasons, strict=True)
     ]
 
 
@@ -247,7 +250,7 @@ def build(prepared: Prepared) -> Path:
         device=e.dense.metrics.get("device") or "this run's device",
         pipeline=_pipeline_class(prepared.job.model.path),
         trials=[(plan, trials_of(e, plan)) for plan in e.chosen],
-        experts=[(plan, expert_rows(plan)) for plan in e.chosen],
+        experts=[(plan, expert_rows(plan, e.results["route"]["influence"])) for plan in e.chosen],
         few_steps=FEW_STEPS,
         overlaps=[figures.overlap(stage, group) for stage, group in trainers(e).items()],
         missing=curves(e)[1],

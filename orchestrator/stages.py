@@ -150,6 +150,8 @@ def route(ctx: Context) -> dict[str, Any]:
         losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans if p.budget.name == budget)
         ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} (search loss: {losses})")
     served = {f"{p.budget.scheduler}:{p.budget.steps}": [round(share * p.budget.steps) for share in p.shares] for p in chosen.values()}
+    counts = ", ".join(f"{interval.name} {count:.2g}" for interval, count in zip(item.partition.intervals, counted, strict=True))
+    ctx.say(f"  an error counts, by the samples it moves: {counts}")
     for warning in few_steps(item.partition, served):
         ctx.say(f"  warning: {warning}")
     return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans], "influence": counted}

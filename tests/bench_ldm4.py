@@ -173,7 +173,7 @@ def job_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "partition": {"experts": 2},
         "elastic": {"most_widths": options.widths},
         "specialize": {**train, "random_networks": 2, "importance_images": 16},
-        "router": {"images": 16, "era_steps": 5, "era_batch": 8, "trials": 5},
+        "router": {"images": 16, "era_steps": 5, "era_batch": 8, "trials": 5, "influence_samples": 64},
         "budgets": [{"metric": "latency", "ratio": 0.5}, {"metric": "macs", "ratio": 0.5}],
         "sampler": {"scheduler": "ddim", "steps": 10},
         "latency": {"batch": 2, "dtype": "float32"} if tiny else {"batch": options.batch, "dtype": "bfloat16", "compile": True},

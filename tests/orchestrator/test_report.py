@@ -144,7 +144,11 @@ def finished_run(
         "analyze": {"similarity": matrix.to_json()},
         "partition": cut,
         "specialize": {"experts": [expert(i.name, i, 1000.0 + 20 * k).to_json() for k, i in enumerate(partition.intervals)]},
-        "route": {"chosen": {name: p.to_json() for name, p in chosen.items()}, "trials": [p.to_json() for p in trials]},
+        "route": {
+            "chosen": {name: p.to_json() for name, p in chosen.items()},
+            "trials": [p.to_json() for p in trials],
+            "influence": [0.8, 1.2],
+        },
         "finetune": {"experts": tuned},
         "publish": {"metrics": measured, "rows": {label: f"evaluation/{label}.json" for label in measured}, "published": published},
     }
@@ -324,7 +328,7 @@ def test_experts_tell_their_steps_costs_and_reasons(tmp_path: Path) -> None:
     kept = SiteReason("down_blocks.0.resnets.0", 4, 4, 0.25, 0.041)
     gone = SiteReason("down_blocks.0.downsamplers.0", 0, 4, 0.001, 0.1)
     found = replace(plan(budget, "era", partition, 1.0, 1), reasons=((kept, gone), (gone,)))
-    few, many = report.expert_rows(found)
+    few, many = report.expert_rows(found, (0.5, 2.0))
     assert (few.name, few.steps, few.share, few.cost) == ("t 0\N{EN DASH}50", 1, 0.05, 0.5)
     assert (many.steps, many.share, many.params) == (19, 0.95, 1_510_000)
     assert few.reasons == [
@@ -332,7 +336,7 @@ def test_experts_tell_their_steps_costs_and_reasons(tmp_path: Path) -> None:
         "d0.s dropped: loss +0.001, saves 10.0% of the dense cost",
     ]
     assert many.reasons == few.reasons[1:]
-    assert [row.reasons for row in report.expert_rows(replace(found, reasons=()))] == [[], []]
+    assert [row.reasons for row in report.expert_rows(replace(found, reasons=()), (1.0, 1.0))] == [[], []]
 
 
 @pytest.mark.parametrize(("boundary", "marks"), [(50, 2), (100, 0)])

@@ -36,7 +36,7 @@ similarity: {{timesteps: 6, images: 4, batch_size: 2, bootstrap: 5}}
 partition: {{experts: 2}}
 elastic: {{width_multiple: 32}}
 specialize: {{steps: 2, batch_size: 2, random_networks: 0, importance_images: 2}}
-router: {{images: 4, era_steps: 2, era_batch: 2, trials: 4}}
+router: {{images: 4, era_steps: 2, era_batch: 2, trials: 4, influence_samples: 4}}
 budgets: [{{ratio: 0.5}}]
 sampler: {{steps: 4}}
 finetune: {{steps: 2, batch_size: 2}}
@@ -375,6 +375,16 @@ def test_a_disk_that_is_full_when_publishing_leaves_the_registry_whole_and_the_s
     assert stage_lines(done.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]
     assert json.loads(done.stdout)["published"] == run.found["published"]  # the same weights are the same version
     assert tree(run.registry) == registry
+
+
+def test_how_much_errors_count_is_measured_once_and_kept(run):
+    [record] = run.run.glob("route-*/done.json")
+    route = json.loads(record.read_text())["result"]
+    [plan, *_] = route["chosen"].values()
+    assert sum(share * count for share, count in zip(plan["shares"], route["influence"], strict=True)) == pytest.approx(1)
+    assert min(route["influence"]) > 0
+    [kept] = (run.run / "cache").glob("influence-*")
+    assert json.loads(kept.read_text())["influence"] == route["influence"]
 
 
 def test_another_budget_runs_route_finetune_and_publish_only(run):

@@ -47,7 +47,7 @@ data: {{path: {folder}/images.parquet, holdout: 4, flip: true, encode_batch: 5}}
 similarity: {{timesteps: 6, images: 4, batch_size: 2, bootstrap: 5}}
 partition: {{experts: 2}}
 specialize: {{steps: 2, batch_size: 2, random_networks: 0, importance_images: 2}}
-router: {{images: 4, era_steps: 2, era_batch: 2, trials: 4, agents: [greedy, era]}}
+router: {{images: 4, era_steps: 2, era_batch: 2, trials: 4, influence_samples: 4, agents: [greedy, era]}}
 budgets: [{{ratio: 0.6}}]
 sampler: {{steps: 4}}
 finetune: {{steps: 2, batch_size: 2, compare: []}}
