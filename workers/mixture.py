@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # a pipeline that holds a class from here looks for its base here
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from workers.delegation import Delegation
 from workers.elastic import Branch, extract
 from workers.residency import MODES, Residency
 from workers.rewrites import apply
+from workers.travelling import Travelling
 
 
 def any_width(unit: str) -> ElasticSettings:
@@ -33,15 +34,13 @@ def untrained(base: dict[str, Any], unit: str) -> tuple[nn.Module, tuple[Branch,
     return dense, family.sites(dense, any_width(unit))
 
 
-class MixtureDenoiser(Delegation, ModelMixin, ConfigMixin):
+class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
     """K experts; timestep t goes to expert ``interval_index(t, boundaries)``.
 
     >>> unet = MixtureDenoiser.from_pretrained("registry/quickstart/1")
     >>> pipeline = DDPMPipeline.from_pretrained("path/to/dense", unet=unet)
 
     ``config`` also answers with what the base's config says, because pipelines ask; only the arguments below are saved.
-    ``compile_repeated_blocks`` compiles every expert as a whole.
-
     Args:
         base: config of the dense denoiser, from which the experts' shapes follow.
         boundaries: the K - 1 inner cuts on the training timestep axis, ascending; a boundary belongs to the noisier expert.
@@ -53,8 +52,7 @@ class MixtureDenoiser(Delegation, ModelMixin, ConfigMixin):
     """
 
     config_name: Any = ModelMixin.config_name
-    code_file: ClassVar[Path | None] = None
-    """The file that this class was loaded from, where it came along with the weights; it then goes on with them."""
+    """ConfigMixin has none by default."""
 
     @register_to_config
     def __init__(
@@ -95,16 +93,16 @@ class MixtureDenoiser(Delegation, ModelMixin, ConfigMixin):
         built = {"unit": unit, "rewrites": list(rewrites), "num_timesteps": num_timesteps}
         return cls(base=base, boundaries=list(boundaries), architectures=[dict(s.choices) for s in specs], **shared, **built)
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every expert, one graph each (``fullgraph=True`` holds). Arguments are those of ``torch.compile``."""
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # else dynamo allows eight experts together
+            kwargs.setdefault("isolate_recompiles", True)
+        super().compile_repeated_blocks(*args, **kwargs)
+
     @property
     def config(self) -> Any:
         own: Any = super().config
         return FrozenDict({**own["base"], **own})
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As diffusers do; where the class itself came with the weights, its code goes on with them."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.code_file is not None:
-            (Path(save_directory) / self.code_file.name).write_bytes(self.code_file.read_bytes())
 
     def expert_index(self, timestep: Tensor | float) -> Any:
         """Which expert serves a timestep: an int for a number, an integer tensor for a tensor."""
