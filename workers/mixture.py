@@ -102,7 +102,7 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
     @property
     def config(self) -> Any:
         own: Any = super().config
-        return FrozenDict({**own["base"], **own})
+        return FrozenDict({**{key: value for key, value in own["base"].items() if not key.startswith("_")}, **own})
 
     def expert_index(self, timestep: Tensor | float) -> Any:
         """Which expert serves a timestep: an int for a number, an integer tensor for a tensor."""

@@ -22,9 +22,10 @@ class Residency:
 
     def __init__(self, experts: Sequence[nn.Module], device: torch.device, ahead: bool) -> None:
         self.experts, self.device, self.ahead = list(experts), device, ahead
-        self.last: int | None = None
         self.arrivals = 0
         """Copies of an expert to the device so far."""
+        self._last: int | None = None
+        self._step = -1
         self._arriving: dict[int, Any] = {}
         self._stream: Any = None
         self._settle()
@@ -36,8 +37,9 @@ class Residency:
 
     def fetch(self, k: int) -> None:
         """See that expert ``k`` is on the device, and nothing else but the next one on its way."""
-        down = self.last is None or k <= self.last
-        near = k - 1 if down else k + 1
+        if self._last is not None and k != self._last:
+            self._step = 1 if k > self._last else -1
+        near = k + self._step
         wanted = {k, near} if self.ahead and 0 <= near < len(self.experts) else {k}
         for other in set(self._arriving) - wanted:
             self._leave(other)
@@ -47,7 +49,7 @@ class Residency:
         if self._arriving[k] is not None:
             torch.cuda.current_stream(self.device).wait_event(self._arriving[k])
             self._arriving[k] = None
-        self.last = k
+        self._last = k
 
     def release(self) -> None:
         """All experts back to host memory, where they can be converted, trained or moved."""
