@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from huggingface_hub import ModelCard
 
 from orchestrator.cli import main
 from orchestrator.registry import Registry
+from tests.hub import hub
 from tests.published import config_of, ddim, isolated, publish, random_mixture
 from workers import families, first_stage
 from workers.conditioning import ClassEmbedder
@@ -261,3 +265,38 @@ def test_a_damaged_version_is_not_exported(registry, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     done = run("pixels", "--registry", tmp_path / "registry", "--out", tmp_path / "out")
     assert done.exit_code == 4 and not (tmp_path / "out").exists()
+
+
+# --- the Hub, on this machine ---------------------------------------------------------------------------------------
+
+
+def push(registry: Path, server: Any, token: str, out: Path, model: str = "pixels") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator", "export", model, "--registry", registry, "--out", out]
+    env = {**os.environ, "HF_ENDPOINT": server.address, "HF_TOKEN": token, "HF_HOME": str(out.parent / "hf")}
+    whole = [*map(str, command), "--with-code", "--push-to-hub", "me/it"]
+    return subprocess.run(whole, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "given"), [("pixels", "(2,)"), ("classes", "([3, 9],)")])
+def test_what_is_uploaded_is_downloaded_and_loaded_by_its_name(registry, model, given, tmp_path):
+    with hub("hf_mine") as server:
+        done = push(registry, server, "hf_mine", tmp_path / "out", model)
+        assert done.returncode == 0, done.stderr
+        assert f"pushed            {server.address}/me/it/commit/" in done.stdout
+        assert sorted(server.files["me/it"]) == files(tmp_path / "out")
+        assert all((tmp_path / "out" / name).read_bytes() == content for name, content in server.files["me/it"].items())
+        there = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": server.address, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        isolated(DRAW + AGAIN, "me/it", tmp_path / "again", tmp_path / "hub.npy", given, cwd=tmp_path, **there)
+    isolated(DRAW + AGAIN, tmp_path / "out", tmp_path / "local", tmp_path / "local.npy", given, cwd=tmp_path)
+    assert np.array_equal(np.load(tmp_path / "hub.npy"), np.load(tmp_path / "local.npy"))
+
+
+@pytest.mark.slow
+def test_an_upload_that_the_hub_refuses_is_one_line_and_leaves_the_folder(registry, tmp_path):
+    with hub("hf_mine") as server:
+        done = push(registry, server, "hf_stolen", tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "hf_stolen" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: me/it was not uploaded: ") and "is complete: try `hf upload me/it" in last
+    assert "model_index.json" in files(tmp_path / "out") and not server.files
