@@ -59,7 +59,7 @@ class Residency:
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """What ``nn.Module._apply`` does, but a device only becomes the one that experts visit. One tensor at a time passes through it."""
         self.release()
-        self.device = function(torch.empty(0)).device
+        self.device = function(torch.empty(0, device=self.device)).device  # unless a device is named, it stays
         for expert in self.experts:
             expert._apply(lambda tensor: function(tensor).to("cpu"))
         self._settle()

@@ -112,6 +112,40 @@ def test_moving_or_converting_a_mixture_whose_experts_come_and_go_moves_where_th
     assert equal(outputs(moving, x.bfloat16()), outputs(plain, x.bfloat16()))
 
 
+def test_converting_alone_leaves_the_device_where_experts_come_and_go():
+    moving = tiny_mixture().residency("active", "meta")
+    for convert in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.float(), lambda m: m.to(dtype=torch.float16)):
+        assert convert(moving).device == torch.device("meta")
+    assert moving.dtype == torch.float16 and {p.device.type for p in moving.parameters()} == {"cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("mode", "experts"), [("active", 1), ("prefetch", 2)])
+@torch.no_grad()
+def test_on_a_gpu_the_memory_is_that_of_the_experts_there_and_samples_stay_the_same(mode, experts):
+    mixture = random_mixture(config_of(UNet2DModel(sample_size=32, block_out_channels=(128, 256, 256, 512))), [200, 400, 600, 800])
+    largest = sum(sorted(sum(p.nbytes for p in expert.parameters()) for expert in mixture.experts)[-experts:])
+    pipeline = DDIMPipeline(mixture, ddim()).to("cuda")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw() -> Tensor:
+        images = pipeline(batch_size=2, num_inference_steps=20, generator=torch.Generator("cuda").manual_seed(0), output_type="pt").images
+        return torch.as_tensor(images).cpu()
+
+    wanted, whole = draw(), torch.cuda.memory_allocated()
+    mixture.residency(mode)
+    assert torch.equal(draw(), wanted) and torch.equal(draw(), wanted)
+    assert mixture.device.type == "cuda" and mixture._residency.arrivals == 10
+    seen = []
+    for t in pipeline.scheduler.timesteps:
+        mixture(noise(2, 3, 32, 32).cuda(), t)
+        seen.append(torch.cuda.memory_allocated())
+    assert max(seen) < 1.05 * largest + 2**24 and max(seen) < whole
+    assert mixture.half().device.type == "cuda"
+    assert mixture(noise(2, 3, 32, 32).cuda().half(), 5).sample.isfinite().all()
+
+
 def test_residency_refuses_what_it_cannot_do(x):
     moving = tiny_mixture().residency("active")
     with pytest.raises(InputError, match="residency is 'some': known are all, active, prefetch"):
