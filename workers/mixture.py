@@ -173,7 +173,7 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
             self._check(number, number)
             if type(timestep) is int:  # to a compiled expert, every other int would be another network
                 timestep = torch.tensor(timestep)
-            output = self._expert(int(self.expert_index(number)))(sample, timestep, *context, **kwargs).sample
+            output = self.expert(int(self.expert_index(number)))(sample, timestep, *context, **kwargs).sample
         elif len(timestep) != len(sample):
             raise InputError(f"{len(timestep)} timesteps do not fit {len(sample)} samples: give one, or one for each")
         else:
@@ -184,10 +184,11 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
                 rows = (index == k).nonzero().flatten()
                 if len(rows):
                     given = _rows((context, kwargs), rows.to(sample.device), len(sample))
-                    output[rows] = self._expert(k)(sample[rows], timestep[rows], *given[0], **given[1]).sample
+                    output[rows] = self.expert(k)(sample[rows], timestep[rows], *given[0], **given[1]).sample
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
-    def _expert(self, k: int) -> nn.Module:
+    def expert(self, k: int) -> nn.Module:
+        """Expert ``k``, ready to run on the mixture's device. Raises: InputError if that would lose what training changes."""
         if self._residency is not None:
             if self.training:
                 raise InputError("residency moves copies of the weights, which training would lose: call eval(), or residency('all')")
