@@ -20,6 +20,7 @@ from orchestrator.cli_compare import analyze, compare
 from orchestrator.cli_convert import convert_ldm
 from orchestrator.cli_driver import driver
 from orchestrator.cli_evaluate import evaluate
+from orchestrator.cli_export import export
 from orchestrator.cli_options import device_here, json_option, set_option, show
 from orchestrator.cli_profile import profile
 from orchestrator.cli_results import results as results_command
@@ -86,6 +87,7 @@ main.add_command(sweep)
 main.add_command(analyze)
 main.add_command(compare)
 main.add_command(results_command)
+main.add_command(export)
 
 
 @main.command()

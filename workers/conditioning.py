@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # a pipeline that holds a class from here looks for its base here
 from torch import Tensor, nn
 
 from workers import families, pretrained
 from workers.contracts import InputError, derive_seed
+from workers.travelling import Travelling
 
 EMBEDDER = "class_embedder"
 
@@ -44,13 +45,15 @@ class Classes:
         return None if self.argument is None else [derive_seed(seed, "class") % self.count for seed in seeds]
 
 
-class ClassEmbedder(ModelMixin, ConfigMixin):
+class ClassEmbedder(Travelling, ConfigMixin):
     """Labels [B] -> context [B, 1, embed_dim].
 
     Args:
         num_classes: rows of the embedding, the null class included.
         null_class: the label that stands for no class in classifier-free guidance: the last one, or None if the model has none.
     """
+
+    config_name: Any = ModelMixin.config_name
 
     @register_to_config
     def __init__(self, num_classes: int = 1001, embed_dim: int = 512, null_class: int | None = None) -> None:

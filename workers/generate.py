@@ -87,7 +87,7 @@ class SamplingDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, **told: Tensor) -> UNet2DOutput:
         """As the denoiser's own call, for a timestep [] on the CPU."""
-        network = self.model.experts[int(self.model.expert_index(t))] if isinstance(self.model, MixtureDenoiser) else self.model
+        network = self.model.expert(int(self.model.expert_index(t))) if isinstance(self.model, MixtureDenoiser) else self.model
         if float(t) not in self._timesteps:  # copied once, not at every step of every batch
             self._timesteps[float(t)] = t.to(self.device)
         told = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in told.items()}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, VQModel
+from diffusers import AutoencoderKL, SchedulerMixin, VQModel
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -16,6 +20,7 @@ from torch import Tensor
 from workers.conditioning import ClassEmbedder, Conditioner
 from workers.contracts import InputError
 from workers.first_stage import DECODE_IMAGES
+from workers.travelling import pass_on
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 Generators = torch.Generator | list[torch.Generator] | None
@@ -43,10 +48,21 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq: Any = "class_embedder->unet->vqvae"
+    code: ClassVar[str | None] = None
+    """As in `workers.travelling`."""
 
     def __init__(self, vqvae: VQModel | AutoencoderKL, unet: ModelMixin, class_embedder: ClassEmbedder, scheduler: SchedulerMixin) -> None:
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, class_embedder=class_embedder, scheduler=scheduler)
+
+    @functools.wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.code is not None:
+            pass_on(self, save_directory)
+            index = Path(save_directory) / "model_index.json"
+            module = type(self).__module__
+            index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": [module, type(self).__name__]}, indent=2) + "\n")
 
     @torch.no_grad()
     def __call__(

@@ -44,7 +44,9 @@ def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
         return families.load_denoiser(model_path)
     config = families.load_config(model_path)
     with torch.device("meta"):
-        mixture: Any = MixtureDenoiser.of(config, ref.plan.partition.boundaries, ref.plan.experts, ref.unit)
+        mixture: Any = MixtureDenoiser.of(
+            config, ref.plan.partition.boundaries, ref.plan.experts, ref.unit, num_timesteps=ref.plan.partition.num_timesteps
+        )
     if not ref.cut_only:
         for expert, saved in zip(mixture.experts, ref.experts, strict=True):
             expert.load_state_dict(checkpoint.read(saved.path, prefix="ema.")[0], assign=True)

@@ -78,14 +78,20 @@ def load_scheduler_config(folder: str | Path) -> dict[str, Any]:
     raise InputError(f"model.path: {folder} holds no scheduler/scheduler_config.json")
 
 
-def family_of_config(config: dict[str, Any]) -> ModuleType:
-    """The family of a denoiser's config, which it has checked. Raises: InputError."""
+def of_class(config: dict[str, Any]) -> ModuleType:
+    """The family that builds the class of a denoiser's config; whether it can prune it is another question. Raises: InputError."""
     found = [module for module in map(family, names()) if config.get("_class_name") in module.CLASS_NAMES]
     if not found:
         classes = ", ".join(f"{name} ({', '.join(family(name).CLASS_NAMES)})" for name in names())
         raise InputError(f"model.path: a {config.get('_class_name')} is of no known model family: known are {classes}")
-    found[0].check(config)
     return found[0]
+
+
+def family_of_config(config: dict[str, Any]) -> ModuleType:
+    """The family of a denoiser's config, which it has checked. Raises: InputError."""
+    found = of_class(config)
+    found.check(config)
+    return found
 
 
 def family_name(folder: str | Path) -> str:
