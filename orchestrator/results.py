@@ -27,7 +27,7 @@ NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
     "frechet": ("FD", sig),
     "kid": ("KID", sig),
     "paired_mse": ("MSE to dense", sig),
-    "trained_images": ("trained on", lambda images: f"{images / 1e6:.3g}M"),
+    "trained_images": ("trained on", lambda images: f"{images:,.0f}"),
 }
 """Number of a row -> its column's title, and how it reads."""
 WORDS = ("run", "", "sampler")

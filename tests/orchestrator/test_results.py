@@ -146,7 +146,7 @@ def test_runs_say_on_how_many_images_their_experts_were_trained(tmp_path):
         "macs-0.50 cut only": 0,
         "other:1": None,
     }
-    assert "| 0.512M |" in results.markdown(found)
+    assert "| 512,000 |" in results.markdown(found)
 
 
 def test_the_markdown_says_under_what_it_holds_and_how_its_runs_are_made(two):
