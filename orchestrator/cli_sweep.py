@@ -22,7 +22,9 @@ def sweep() -> None:
 @click.option("--seeds", metavar="NUMBERS", help="Seeds that each agent searches with, e.g. 0,1,2. Default: those of the job.")
 @click.option("--samplers", metavar="NAMES", help="Samplers with their steps, e.g. ddim:50,ddim:20,dpmpp:20. Default: that of the job.")
 @click.option(
-    "--stop-early/--no-stop-early", default=True, help="Stop trials that fall behind others at the same budget and sampler (with Ray)."
+    "--stop-early/--no-stop-early",
+    default=True,
+    help="Stop trials that fall behind others at the same budget and sampler (with Ray). A search that serves all budgets never is.",
 )
 @click.option("--inline", is_flag=True, help="Run everything in this process, one after the other, without Ray.")
 @json_option

@@ -27,7 +27,7 @@ NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
     "frechet": ("FD", sig),
     "kid": ("KID", sig),
     "paired_mse": ("MSE to dense", sig),
-    "trained_images": ("trained on", lambda images: f"{images / 1e6:.3g}M"),
+    "trained_images": ("trained on", lambda images: f"{images:,.0f}"),
 }
 """Number of a row -> its column's title, and how it reads."""
 WORDS = ("run", "", "sampler")
@@ -152,7 +152,8 @@ def _check(runs: Sequence[Run], names: Sequence[str], group: bool) -> None:
         elif odd:
             common_protocol({one: first.dense, two: run.dense})
         timing, other = first.dense.get("timing"), run.dense.get("timing")
-        if timing and other and timing != other:
+        same_device = first.dense.get("device") == run.dense.get("device")  # else there are no times to mix
+        if timing and other and timing != other and same_device:
             texts = ", ".join(f"{key} {a} and {b}" for key, a, b in differing(timing, other))
             raise InputError(
                 f"{one} and {two} cannot stand in one table: their times hold for {texts}: evaluate both under one latency section"

@@ -53,7 +53,7 @@ TABLE = pa.schema(
 )
 """One row per trial. ``loss``: of the plan, on images that no agent searched on; ``gain``: how much lower than the uniform plan's, with its
 standard error; null, as all of a plan, for a trial that was stopped early. ``relative_search_loss``: best so far, as a part of the uniform
-plan's at the same budget and sampler. ``images``: that the search ran through sub-networks and no trial of its process had before, a
+plan's at the same budget and sampler. ``images``: that the search ran through sub-networks, or found run by another trial, a
 gradient counting as three. ``shared_by``: trials that one search serves; its seconds and images are shared out evenly. ``time_ratio``:
 predicted, where the sweep has a latency table. ``loads``: how often the trial's ``worker`` process had read the experts by then."""
 

@@ -24,7 +24,7 @@ class SearchTrial(Record):
     loads: int
     """How often that process had read the experts' weights by then."""
     images: int = 0
-    """Images that it ran through sub-networks and no trial of its process had before; one that a gradient was taken of counts as three."""
+    """Images that it ran through sub-networks, or found run by another trial; one that a gradient was taken of counts as three."""
     shared_by: int = 1
     """Trials that one search serves: its seconds and images are shared out evenly."""
 

