@@ -18,7 +18,7 @@ import click
 from orchestrator import __version__
 from orchestrator.cli_compare import analyze, compare
 from orchestrator.cli_convert import convert_ldm
-from orchestrator.cli_driver import driver
+from orchestrator.cli_driver import check_capacity, driver
 from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_options import device_here, json_option, set_option, show
 from orchestrator.cli_profile import profile
@@ -152,6 +152,8 @@ def run(
         raise InputError(f"--only {only} and --until {until} exclude each other: give one")
 
     config = load_job(job, overrides)
+    if not inline:
+        check_capacity(config)  # before anything large is imported or read
     from orchestrator import planning, report
     from orchestrator.results import record
 
