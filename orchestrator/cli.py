@@ -91,16 +91,27 @@ main.add_command(results_command)
 @main.command()
 @click.argument("job")
 @set_option
+@click.option("--simulate", "gpus", metavar="GPUS", help="How long it would take on so many GPUs: 8, or 1,2,6, or 1-1024 by doubling.")
 @json_option
-def plan(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(job: str, overrides: tuple[str, ...], gpus: str | None, as_json: bool) -> None:
     """Check a job and print its six stages: what is done, what each needs. Writes nothing."""
     from orchestrator.config import load_job
 
     config = load_job(job, overrides)
+    from orchestrator import simulation
+
+    counts = None if gpus is None else simulation.parse_counts(gpus)
     from orchestrator import planning
 
-    found = planning.describe(planning.prepare(config))
-    show(found, as_json, lambda: _plan_text(found))
+    prepared = planning.prepare(config)
+    if counts is None:
+        found = planning.describe(prepared)
+        show(found, as_json, lambda: _plan_text(found))
+        return
+    cpu, asked = config.resources.device == "cpu", config.resources
+    tflops = planning.TFLOPS["cpu"] * asked.cpus_per_worker if cpu else planning.TFLOPS["cuda"] * min(1, asked.gpus_per_worker)
+    rows = simulation.simulate(prepared, counts, tflops, 1 if cpu else asked.gpus_per_worker)
+    show(rows, as_json, lambda: simulation.text(rows, "workers" if cpu else "GPUs"))
 
 
 def _plan_text(found: dict[str, Any]) -> str:

@@ -137,7 +137,8 @@ class InlineCluster:
                 (storage / name / FAILURE).unlink(missing_ok=True)
             except Exception as error:  # the others still run; all failures are told together
                 failed[name] = error
-        self.calls.append(Call.of(task_name(task), 1, time.time() - started, [one.ended - one.started for one in done.values()]))
+        work = [one.ended - one.started for one in done.values()]
+        self.calls.append(Call.of(task_name(task), 1, time.time() - started, work, each=True))
         raise_failures(failed, len(jobs), storage)
         return done
 

@@ -134,6 +134,7 @@ class Pipeline:
             if record is None and stage in chosen:
                 folder = self.store.stage_folder(stage.name, fingerprint)
                 started_cluster = started_cluster or cluster()
+                resumed = folder.exists()
                 folder.mkdir(exist_ok=True)
                 on_stage(stage.name, "running", 0.0)
                 started = time.time()
@@ -142,7 +143,7 @@ class Pipeline:
                     Context(job, started_cluster, self.store, folder, fingerprint, results, self.identity, say, self.fingerprints)
                 )
                 calls = [call.to_json() for call in started_cluster.calls]
-                self.store.finish(stage.name, fingerprint, result, started, time.time() - started, calls)
+                self.store.finish(stage.name, fingerprint, result, started, time.time() - started, calls, resumed)
                 on_stage(stage.name, "finished", time.time() - started)
                 startup_s = sum(call["wall_s"] for call in calls) - sum(call["busy_s"] for call in calls)
                 if startup_s >= 1:

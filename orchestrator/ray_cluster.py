@@ -177,7 +177,7 @@ class RayCluster:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         work = [done[name].ended - done[name].started for name in jobs if name in done]
-        self.calls.append(Call.of(task_name(task), parallel, time.time() - started, work))
+        self.calls.append(Call.of(task_name(task), parallel, time.time() - started, work, each=True))
         raise_failures(failed, len(jobs), storage)
         return {name: done[name] for name in jobs}
 

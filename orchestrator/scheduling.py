@@ -20,13 +20,15 @@ class Call:
     units: tuple[float, ...]
     """Seconds of work of every unit, in the order in which they were handed out."""
     startup_s: float
-    """Seconds that every unit waits for its processes once it has a slot, on average."""
+    """Seconds that processes took to start: before every unit, or once."""
+    each: bool
+    """Whether every unit has processes of its own."""
 
     @classmethod
-    def of(cls, task: str, slots: int, wall_s: float, units: Sequence[float]) -> Call:
-        """A call whose start-up is what its wall time holds beyond the work, shared by the rounds of units on one slot."""
-        rounds = -(-len(units) // slots) if units else 1
-        return cls(task, slots, wall_s, tuple(units), max(0.0, wall_s - makespan_s(units, slots)) / rounds)
+    def of(cls, task: str, slots: int, wall_s: float, units: Sequence[float], each: bool = False) -> Call:
+        """A call whose start-up is what its wall time holds beyond the work, shared by the rounds of units on one slot if ``each``."""
+        rounds = -(-len(units) // slots) if units and each else 1
+        return cls(task, slots, wall_s, tuple(units), max(0.0, wall_s - makespan_s(units, slots)) / rounds, each)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -35,12 +37,13 @@ class Call:
             "wall_s": round(self.wall_s, 2),
             "busy_s": round(makespan_s(self.units, self.slots), 2),
             "startup_s": round(self.startup_s, 2),
+            "each": self.each,
             "units": [round(seconds, 2) for seconds in self.units],
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Call:
-        return cls(value["task"], value["slots"], value["wall_s"], tuple(value["units"]), value["startup_s"])
+        return cls(value["task"], value["slots"], value["wall_s"], tuple(value["units"]), value["startup_s"], value["each"])
 
 
 def longest_first(work: Mapping[str, float]) -> list[str]:

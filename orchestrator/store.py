@@ -116,10 +116,13 @@ class RunStore:
         started: float,
         seconds: float,
         calls: Sequence[dict[str, Any]] = (),
+        resumed: bool = False,
     ) -> None:
-        """``calls``: what the stage asked of the cluster, and how long that took."""
+        """``calls``: what the stage asked of the cluster, and how long that took; ``resumed``: some of it was made before."""
         record = {"schema": SCHEMA, "stage": stage, "fingerprint": fingerprint, "started": started, "seconds": seconds}
-        write_json(self.stage_folder(stage, fingerprint) / "done.json", {**record, "calls": list(calls), "result": result})
+        write_json(
+            self.stage_folder(stage, fingerprint) / "done.json", {**record, "resumed": resumed, "calls": list(calls), "result": result}
+        )
 
     def tidy(self) -> None:
         """Remove what killed processes have left of files that they were writing; for who holds the lock, and no work under way."""

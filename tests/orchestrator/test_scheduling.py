@@ -49,7 +49,7 @@ def test_equals_stay_in_their_order():
 def test_what_a_call_waited_for_processes_is_found_again(units, slots, startup):
     """Exact when every slot has the same number of units; never more than there was."""
     wall = makespan_s([unit + startup for unit in units], slots)
-    call = Call.of("task", slots, wall, units)
+    call = Call.of("task", slots, wall, units, each=True)
     assert Call.from_json(call.to_json()).units == tuple(units)
     assert 0 <= call.startup_s <= startup * 2 + 1e-6
     if len(units) <= slots or len(set(units)) == 1:
