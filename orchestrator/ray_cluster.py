@@ -334,10 +334,12 @@ class _Log:
         self._log, self._original = log, original
 
     def write(self, text: str) -> int:
-        return self._log.write(text) if not self._log.closed else len(text)
+        with contextlib.suppress(OSError, ValueError):  # a full disk, or a line after the end: no reason to stop the run
+            self._log.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        if not self._log.closed:
+        with contextlib.suppress(OSError, ValueError):
             self._log.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -34,11 +34,16 @@ def job_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(job_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the job publishes when nothing happens, without Ray: the bits do not depend on who runs it."""
+def calm(job_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The job when nothing happens, without Ray: the bits do not depend on who runs it."""
     from tests.faults import harness
 
     job = harness.Job(job_file, tmp_path_factory.mktemp("calm") / "calm")
     job.finish("--inline")
     job.assert_clean()
-    return job.published()
+    return job
+
+
+@pytest.fixture(scope="session")
+def reference(calm: Any) -> dict[str, Any]:
+    return calm.published()

@@ -81,11 +81,11 @@ TABLE: list[Row] = []
 
 
 def table() -> list[str]:
-    lines = [f"{'fault':<44}{'moment':<34}{'steps lost':>11}{'seconds to recover':>20}{'identical':>11}"]
+    lines = [f"{'fault':<44}{'moment':<42}{'steps lost':>11}{'seconds to recover':>20}{'identical':>11}"]
     for row in TABLE:
         lost = "-" if row.lost is None else str(row.lost)
         same = {True: "yes", False: "NO", None: "-"}[row.identical]
-        lines.append(f"{row.fault:<44}{row.moment:<34}{lost:>11}{row.recovered_s:>20.1f}{same:>11}")
+        lines.append(f"{row.fault:<44}{row.moment:<42}{lost:>11}{row.recovered_s:>20.1f}{same:>11}")
     return lines
 
 
@@ -136,30 +136,28 @@ class Driver:
             time.sleep(0.1)
         return found
 
-    def until_work(self, stage: str, part: float = 0.0, but: str = "") -> dict[str, Any]:
-        """A unit of the stage, under way beyond ``part`` of its steps."""
+    def until_work(self, stage: str, part: float = 0.0) -> list[dict[str, Any]]:
+        """The units of the stage that are under way, once one of them is beyond ``part`` of its steps."""
 
-        def found() -> dict[str, Any] | None:
-            for unit in self.units(stage).values():
-                if part * unit["steps"] <= unit["step"] < unit["steps"] and unit["unit"] != but:
-                    return unit
-            return None
+        def found() -> list[dict[str, Any]]:
+            units = [unit for unit in self.units(stage).values() if unit["step"] < unit["steps"]]
+            return units if any(unit["step"] >= part * unit["steps"] for unit in units) else []
 
         return self.until(found, f"unit at work in {stage}")
 
     def until_stage_is_over(self, stage: str) -> None:
         self.until(lambda: f"\n{stage:<11}finished" in self.said, f"end of {stage}")
 
-    def until_again_at(self, stage: str, unit: dict[str, Any]) -> None:
-        """The unit is further than it was, or the stage is over."""
+    def until_again_at(self, stage: str, units: list[dict[str, Any]]) -> None:
+        """All these units are further than they were, or the stage is over."""
 
         def there() -> bool:
-            now = self.units(stage).get(unit["unit"])
-            return f"\n{stage:<11}finished" in self.said or (
-                now is not None and (now["step"] > unit["step"] or now["step"] == now["steps"])
-            )
+            now = self.units(stage)
+            states = [(now.get(unit["unit"]), unit["step"]) for unit in units]
+            again = all(found and (found["step"] > step or found["step"] == found["steps"]) for found, step in states)
+            return again or f"\n{stage:<11}finished" in self.said
 
-        self.until(there, f"recovery of {stage} {unit['unit']}")
+        self.until(there, f"recovery of {stage}")
 
     def workers(self, pattern: str, roots: list[int] | None = None) -> list[psutil.Process]:
         """Ray's processes below this one (or below ``roots``) whose title matches, oldest first."""
@@ -189,6 +187,8 @@ class Job:
     folder: Path
     address: str | None = None
     settings: tuple[str, ...] = ()
+    logs: Path | None = None
+    """Where the drivers' lines go; default: beside the folder."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     drivers: list[Driver] = field(default_factory=list)
 
@@ -219,6 +219,12 @@ class Job:
     def trainer_of(self, stage: str, unit: str) -> Path:
         [folder] = self.run.glob(f"train/{stage}-*{unit.split()[-1]}-????????")
         return folder
+
+    def lost(self, stage: str, units: list[dict[str, Any]]) -> int | None:
+        """How many steps the trainers of these units make again if they die now; None for work that has no steps to lose."""
+        if stage not in EVERY:
+            return None
+        return max(max(0, unit["step"] - self.newest_step(stage, unit["unit"])) for unit in units)
 
     def attempts(self, stage: str, unit: str) -> list[tuple[int, float]]:
         """From which step, and when, each attempt began that came to a checkpoint."""
@@ -285,6 +291,18 @@ def judged(job: Job, reference: dict[str, Any]) -> Iterator[list[Row]]:
         TABLE.extend(rows)
     assert same, "the published version differs from the undisturbed one"
     job.assert_clean()
+
+
+def moment(stage: str, units: list[dict[str, Any]]) -> str:
+    return (stage + " " + ", ".join(f"{unit['unit'].split()[-1]} {unit['step']}/{unit['steps']}" for unit in units))[:40]
+
+
+def of_process(worker: psutil.Process, units: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The unit that a train worker works at: Ray runs it in a folder of its trainer's name. All units, if there is no telling."""
+    with contextlib.suppress(psutil.Error, OSError):
+        mine = [unit for unit in units if unit["unit"].split()[-1] in worker.cwd()]
+        return mine or units
+    return units
 
 
 # --- a cluster of several nodes ---------------------------------------------------------------------------------------
