@@ -102,14 +102,20 @@ class RayCluster:
             return
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only, and ends with this process
         # The dashboard is needed even when nobody looks: the trainers' clean-up asks its State API.
-        ray.init(
-            address="local",
-            num_cpus=cpus_here(local_cpus),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            object_store_memory=256 * 2**20,
-            **options,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus_here(local_cpus),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                object_store_memory=256 * 2**20,
+                **options,
+            )
+        except Exception as error:  # Ray has no type of its own for it
+            raise RunFailed(
+                f"no Ray could be started on this machine: {' '.join(str(error).split())[:200]} "
+                "Is it very busy? The same command again tries anew, and RAY_ADDRESS names a cluster to use instead"
+            ) from error
 
     def _watch(self, on_progress: Callable[[Progress], None]) -> None:
         actor = ray.remote(num_cpus=0)(session.ProgressMailbox)
