@@ -6,7 +6,7 @@ JOB ?= jobs/quickstart.yaml
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test faults lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/diffpruning run $(JOB) $(ARGS)
@@ -14,6 +14,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not ray" --numprocesses auto --dist worksteal
 	$(BIN)/python -m pytest -m ray
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m faults
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ import click
 from orchestrator import __version__
 from orchestrator.cli_compare import analyze, compare
 from orchestrator.cli_convert import convert_ldm
-from orchestrator.cli_driver import driver
+from orchestrator.cli_driver import check_capacity, driver
 from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_export import export
 from orchestrator.cli_options import device_here, json_option, set_option, show
@@ -93,16 +93,27 @@ main.add_command(export)
 @main.command()
 @click.argument("job")
 @set_option
+@click.option("--simulate", "gpus", metavar="GPUS", help="How long it would take on so many GPUs: 8, or 1,2,6, or 1-1024 by doubling.")
 @json_option
-def plan(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(job: str, overrides: tuple[str, ...], gpus: str | None, as_json: bool) -> None:
     """Check a job and print its six stages: what is done, what each needs. Writes nothing."""
     from orchestrator.config import load_job
 
     config = load_job(job, overrides)
+    from orchestrator import simulation
+
+    counts = None if gpus is None else simulation.parse_counts(gpus)
     from orchestrator import planning
 
-    found = planning.describe(planning.prepare(config))
-    show(found, as_json, lambda: _plan_text(found))
+    prepared = planning.prepare(config)
+    if counts is None:
+        found = planning.describe(prepared)
+        show(found, as_json, lambda: _plan_text(found))
+        return
+    cpu, asked = config.resources.device == "cpu", config.resources
+    tflops = planning.TFLOPS["cpu"] * asked.cpus_per_worker if cpu else planning.TFLOPS["cuda"] * min(1, asked.gpus_per_worker)
+    rows = simulation.simulate(prepared, counts, tflops, 1 if cpu else asked.gpus_per_worker)
+    show(rows, as_json, lambda: simulation.text(rows, "workers" if cpu else "GPUs"))
 
 
 def _plan_text(found: dict[str, Any]) -> str:
@@ -154,6 +165,8 @@ def run(
         raise InputError(f"--only {only} and --until {until} exclude each other: give one")
 
     config = load_job(job, overrides)
+    if not inline:
+        check_capacity(config)  # before anything large is imported or read
     from orchestrator import planning, report
     from orchestrator.results import record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,16 @@ def _as_interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def check_capacity(job: Any) -> None:
+    """Refuse at once what no Ray on this machine can hold; what a cluster holds, only the cluster knows. Raises: InputError."""
+    from orchestrator.cluster import Need, cpus_here
+
+    asked = job.resources
+    if not os.environ.get("RAY_ADDRESS"):
+        need = Need("cpu", asked.cpus_per_worker, 0, asked.workers_per_expert, asked.custom)
+        need.check([{"CPU": cpus_here(asked.local_cpus)}], "a Ray on this machine (RAY_ADDRESS is not set)")
+
+
 def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
     need = job.resources
     if inline:
@@ -51,6 +62,7 @@ def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
 
         device = device_here(need.device, "resources.device")
         return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), view.update)
+    check_capacity(job)
     from orchestrator.ray_cluster import RayCluster
 
     return RayCluster(
@@ -58,8 +70,11 @@ def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
         cpus=need.cpus_per_worker,
         gpus=need.gpus_per_worker,
         workers_per_expert=need.workers_per_expert,
+        custom=need.custom,
         local_cpus=need.local_cpus,
+        autoscale_to=need.autoscale_to,
         timeout_s=need.timeout_s,
+        hang_timeout_s=need.hang_timeout_s,
         max_failures=need.max_failures,
         on_progress=view.update,
         log=log,

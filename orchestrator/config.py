@@ -235,10 +235,32 @@ class ResourcesConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where workers compute; auto: cuda if the cluster has GPUs.")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of every worker.")
     gpus_per_worker: float = Field(1, gt=0, description="GPUs of every worker when the device is cuda; a fraction lets experts share one.")
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Further Ray resources that every worker holds, e.g. {slot: 1} or {'accelerator_type:H100': 0.001}."
+    )
     workers_per_expert: Count = Field(1, description="Data-parallel workers per expert.")
     local_cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray; default: all of this machine.")
+    autoscale_to: int | None = Field(
+        None, ge=1, description="Workers to which an autoscaled cluster may grow; default: those that fit on the nodes that are there."
+    )
     timeout_s: float = Field(600, gt=0, description="How long an expert may wait for its workers to start.")
+    hang_timeout_s: float = Field(1800, gt=0, description="A worker that makes no training step for so long is ended and started again.")
     max_failures: int = Field(2, ge=0, description="Restarts of an expert after a lost worker.")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _a_fraction_or_whole(cls, value: float) -> float:
+        if value > 1 and value % 1:
+            raise ValueError("must be whole, or a fraction of one GPU")
+        return value
+
+    @field_validator("custom")
+    @classmethod
+    def _not_what_has_a_key(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError(f"{name} is no custom resource: see cpus_per_worker and gpus_per_worker")
+        return value
 
 
 class JobConfig(Section):

@@ -134,17 +134,25 @@ class Pipeline:
             if record is None and stage in chosen:
                 folder = self.store.stage_folder(stage.name, fingerprint)
                 started_cluster = started_cluster or cluster()
+                resumed = folder.exists()
                 folder.mkdir(exist_ok=True)
                 on_stage(stage.name, "running", 0.0)
                 started = time.time()
+                started_cluster.calls.clear()
                 result = stage.run(
                     Context(job, started_cluster, self.store, folder, fingerprint, results, self.identity, say, self.fingerprints)
                 )
-                self.store.finish(stage.name, fingerprint, result, started, time.time() - started)
+                calls = [call.to_json() for call in started_cluster.calls]
+                self.store.finish(stage.name, fingerprint, result, started, time.time() - started, calls, resumed)
                 on_stage(stage.name, "finished", time.time() - started)
+                startup_s = sum(call["wall_s"] for call in calls) - sum(call["busy_s"] for call in calls)
+                if startup_s >= 1:
+                    say(f"  start-up of processes took {startup_s:.0f} s of it")
                 record = self.store.done(stage.name, fingerprint)
             elif record is not None:
                 on_stage(stage.name, "already done", record["seconds"])
             if record is not None:
                 results[stage.name] = record["result"]
+        if started_cluster is not None:
+            self.store.tidy()
         return results

@@ -14,6 +14,7 @@ from orchestrator.pipeline import Pipeline
 from orchestrator.registry import Registry
 from orchestrator.stages import STAGES
 from orchestrator.store import RunStore
+from orchestrator.workload import experts_of, passes, workload
 from workers import conditioning, data, diffusion, families, first_stage, partition, random_init, similarity
 from workers.contracts import InputError, digest_of
 from workers.cost import CostTable, activation_bytes, cost_table, require_reachable
@@ -200,7 +201,7 @@ def _check_images(job: JobConfig, images: int) -> None:
 def _disk_bytes(job: JobConfig, table: CostTable, cache_bytes: int) -> int:
     """The most that the checkpoints that the job keeps at one time, and its latents, take."""
     small = sum(budget.ratio for budget in job.budgets) * (1 + len(job.finetune.compare))
-    return round(2 * BYTES_FREE_PER_PARAMETER * table.dense.params * _experts(job) * (1 + small) + cache_bytes)
+    return round(2 * BYTES_FREE_PER_PARAMETER * table.dense.params * experts_of(job) * (1 + small) + cache_bytes)
 
 
 def _trainer_bytes(job: JobConfig, table: CostTable) -> int:
@@ -235,50 +236,26 @@ def _nearest_folder(path: Path, key: str) -> Path:
     return there
 
 
-def _experts(job: JobConfig) -> int:
-    experts = job.partition.experts
-    return experts if isinstance(experts, int) else len(experts) + 1 if isinstance(experts, list) else job.partition.max_experts
-
-
 def describe(prepared: Prepared) -> dict[str, Any]:
     """The plan as JSON: six stages with state, workers and estimated compute; model, data and budgets."""
     job, table = prepared.job, prepared.table
     states, per_image = prepared.pipeline.states(), 2 * table.dense.macs / 1e12  # TFLOP of one dense forward pass
-    experts = _experts(job)
-    small = sum(budget.ratio for budget in job.budgets)
-    copies = 1 + len(job.finetune.compare)
-    train, tune = job.specialize, job.finetune
-    needs_model = similarity.measure(job.similarity.measure).NEEDS_MODEL
-    gradient = job.similarity.timesteps * min(job.similarity.images, prepared.images) * 3 if needs_model else 0
-    choices = sum(min(4, len(site.choices) - 1) for site in table.space.sites)
-    agents = len({"uniform", *job.router.agents, *job.finetune.compare}) * len(job.router.seeds) * len(job.budgets)
-    era = ("era" in job.router.agents) * len(job.router.seeds) * len(job.budgets)
-    drawn, fewer = job.evaluate.samples + job.evaluate.frechet_samples, evaluation.dense_samplers(job)
-    # forward passes of one image of the dense model; a backward pass counts two
-    passes = {
-        "analyze": gradient,
-        "partition": 0,
-        "specialize": experts * train.steps * train.batch_size * (1 + 3 * (0.65 + 0.6 * train.random_networks)),
-        "route": experts * (choices * job.router.images / 2 + era * job.router.era_steps * job.router.era_batch),
-        "finetune": copies * experts * tune.steps * tune.batch_size * (len(job.budgets) + 3 * small),
-        "publish": (1 + small * (copies + job.evaluate.cut_only))
-        * (job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps)
-        + drawn * sum(sampler.steps for sampler in fewer),
-    }
+    works = workload(job, table, prepared.images)
+    experts, copies = experts_of(job), 1 + len(job.finetune.compare)
     units = {
-        "analyze": "1 task per worker" if gradient else "1 task",
+        "analyze": "1 task per worker" if passes(works["analyze"]) else "1 task",
         "partition": "no worker",
         "specialize": f"{experts} trainers",
-        "route": f"{agents} trials",
+        "route": f"{len(works['route'][1].units)} trials",
         "finetune": f"{copies * experts * len(job.budgets)} trainers",
-        "publish": f"{1 + len(fewer) + (copies + 1) * len(job.budgets)} models",
+        "publish": f"{1 + len(evaluation.dense_samplers(job)) + (copies + 1) * len(job.budgets)} models",
     }
     at_most = "up to " if job.partition.experts == "auto" else ""
     need = job.resources
     stages = []
     for name, state in states.items():
         record = prepared.store.done(name, prepared.pipeline.fingerprints[name])
-        tflop = passes[name] * per_image
+        tflop = passes(works[name]) * per_image
         stages.append(
             {
                 "stage": name,

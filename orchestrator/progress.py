@@ -111,10 +111,10 @@ class ProgressView:
             before, now = self.units.get(event.unit), time.monotonic()
             self.units[event.unit] = event
             ends = event.step == event.steps and (before is None or before.step != before.steps)  # said once
-            tell = ends or (event.step < event.steps and now - self._told.get(event.unit, -1e9) > PLAIN_EVERY_S)
+            tell = ends or bool(event.note) or (event.step < event.steps and now - self._told.get(event.unit, -1e9) > PLAIN_EVERY_S)
             if tell:
                 self._told[event.unit] = now
-        if tell and self._live is None:
+        if tell and (self._live is None or event.note):
             self.say("  " + line(event))
         self._write()
 

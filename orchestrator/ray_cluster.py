@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import contextlib
+import itertools
 import json
 import logging
-import math
 import os
+import shutil
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,14 +29,19 @@ import ray
 from ray import train, tune
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster import Need, Task, raise_failures
+from orchestrator.cluster import Need, Task, TrialLog, cpus_here, raise_failures, task_name
+from orchestrator.scheduling import Call
 from workers import session
 from workers.contracts import ExpertCheckpoint, InputError, Progress, RunFailed
 from workers.trials import SearchTrial
 
 ATTEMPTS = 2
 """Tries of one trainer: FailureConfig covers its workers, not the death of its controller."""
+
+TUNE = "tune"
+"""Folder of Tune's own records within a search's, while it runs."""
 
 
 class RayCluster:
@@ -47,16 +54,22 @@ class RayCluster:
         cpus: float,
         gpus: float,
         workers_per_expert: int,
+        custom: Mapping[str, float],
         local_cpus: int | None,
+        autoscale_to: int | None,
         timeout_s: float,
+        hang_timeout_s: float,
         max_failures: int,
         on_progress: Callable[[Progress], None],
         log: Path,
     ):
         """Raises: InputError if no node could ever hold one worker."""
         self._log = log.open("a")
-        self.max_failures = max_failures
+        self.max_failures, self.autoscale_to, self.hang_timeout_s = max_failures, autoscale_to or 0, hang_timeout_s
+        self.calls: list[Call] = []
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
+        # a worker whose Python stands still cannot end itself
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_timeout_s)
         self._own = not ray.is_initialized()
         on_term = signal.getsignal(signal.SIGTERM)
         try:
@@ -67,8 +80,9 @@ class RayCluster:
         try:
             if device == "auto":
                 device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-            self.need = Need(device, cpus, gpus if device == "cuda" else 0, workers_per_expert)
-            self._check_capacity()
+            self.need = Need(device, cpus, gpus if device == "cuda" else 0, workers_per_expert, custom)
+            if self.autoscale_to < workers_per_expert:
+                self.need.check([node["Resources"] for node in ray.nodes() if node["Alive"]], "this cluster")
             self._watch(on_progress)
         except BaseException:
             self._disconnect()
@@ -88,28 +102,25 @@ class RayCluster:
             return
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only, and ends with this process
         # The dashboard is needed even when nobody looks: the trainers' clean-up asks its State API.
-        ray.init(
-            address="local",
-            num_cpus=None if local_cpus is None else min(local_cpus, os.cpu_count() or 1),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            object_store_memory=256 * 2**20,
-            **options,
-        )
-
-    def _check_capacity(self) -> None:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if self.slots() < self.need.workers_per_expert:
-            most = max(nodes, key=lambda r: (r.get("GPU", 0), r.get("CPU", 0)))
-            raise InputError(
-                f"resources: {self.need.workers_per_expert} worker(s) of {self.need} never fit this cluster of {len(nodes)} node(s), "
-                f"the largest with {most.get('CPU', 0):g} CPUs and {most.get('GPU', 0):g} GPUs: "
-                "lower resources.cpus_per_worker, gpus_per_worker or workers_per_expert"
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus_here(local_cpus),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                object_store_memory=256 * 2**20,
+                **options,
             )
+        except Exception as error:  # Ray has no type of its own for it
+            raise RunFailed(
+                f"no Ray could be started on this machine: {' '.join(str(error).split())[:200]} "
+                "Is it very busy? The same command again tries anew, and RAY_ADDRESS names a cluster to use instead"
+            ) from error
 
     def _watch(self, on_progress: Callable[[Progress], None]) -> None:
         actor = ray.remote(num_cpus=0)(session.ProgressMailbox)
-        self._mailbox = actor.options(name=session.PROGRESS_ACTOR, get_if_exists=True, lifetime=None).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # other nodes may be lost
+        self._mailbox = actor.options(name=session.PROGRESS_ACTOR, get_if_exists=True, lifetime=None, scheduling_strategy=here).remote()
         self._stop = threading.Event()
 
         def poll() -> None:
@@ -129,19 +140,17 @@ class RayCluster:
             yield
 
     def slots(self) -> int:
-        per_node = []
-        for node in ray.nodes():
-            if node["Alive"]:
-                have = node["Resources"]
-                fits = [have.get("CPU", 0) / self.need.cpus] + ([have.get("GPU", 0) / self.need.gpus] if self.need.gpus else [])
-                per_node.append(math.floor(min(fits) + 1e-9))
-        return sum(per_node)
+        """How many workers fit on the nodes that are there, or on those that an autoscaler brings once it sees workers wait."""
+        return max(self.autoscale_to, sum(self.need.fits(node["Resources"]) for node in ray.nodes() if node["Alive"]))
 
     def scatter(self, task: Task, items: Sequence[Any]) -> list[Any]:
-        remote = ray.remote(num_cpus=self.need.cpus, num_gpus=self.need.gpus, max_retries=self.max_failures)(session.run_task)
+        started, slots = time.time(), self.slots()
+        remote = ray.remote(
+            num_cpus=self.need.cpus, num_gpus=self.need.gpus, resources=dict(self.need.custom), max_retries=self.max_failures
+        )(session.run_task)
         running = [remote.remote(task, self.need.device, item) for item in items]
         try:
-            return ray.get(running)
+            made = ray.get(running)
         except ray.exceptions.RayError as error:
             for reference in running:
                 ray.cancel(reference)
@@ -149,13 +158,15 @@ class RayCluster:
                 # the worker's own exception: Ray's double of it says a whole traceback where the user needs one line, and no errno
                 raise error.cause from None
             raise RunFailed(f"a worker was lost: {' '.join(str(error).split())[:300]}; the same command again continues") from error
+        self.calls.append(Call.of(task_name(task), slots, time.time() - started, [seconds for _, seconds in made]))
+        return [result for result, _ in made]
 
     def fit_all(
         self, task: Task, jobs: Mapping[str, Any], storage: Path, on_done: Callable[[str, ExpertCheckpoint], None]
     ) -> dict[str, ExpertCheckpoint]:
         done: dict[str, ExpertCheckpoint] = {}
         failed: dict[str, BaseException] = {}
-        parallel = max(1, self.slots() // self.need.workers_per_expert)
+        started, parallel = time.time(), max(1, self.slots() // self.need.workers_per_expert)
         pool = futures.ThreadPoolExecutor(parallel, thread_name_prefix="fit")
         try:
             with self._quiet():
@@ -165,35 +176,42 @@ class RayCluster:
                     try:
                         done[name] = future.result()
                         on_done(name, done[name])
+                        for trace in (storage / name).glob("*.txt"):  # of attempts that failed
+                            trace.unlink()
                     except Exception as error:  # the others still run; all failures are told together
-                        failed[name] = _cause(error)
+                        failed[name] = _cause(error, storage / name)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        work = [done[name].ended - done[name].started for name in jobs if name in done]
+        self.calls.append(Call.of(task_name(task), parallel, time.time() - started, work, each=True))
         raise_failures(failed, len(jobs), storage)
         return {name: done[name] for name in jobs}
 
     def _fit(self, task: Task, name: str, item: Any, storage: Path) -> ExpertCheckpoint:
-        """One TorchTrainer. The same name and storage are the same run: Ray resumes it from its last checkpoint."""
+        """One TorchTrainer. Ray starts its workers again when one is lost; they go on from the checkpoints of the same name."""
         need = self.need
-        resources = {"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {})
+        config = {"task": task, "item": item, "device": need.device, "folder": str(storage / name), "hang_timeout_s": self.hang_timeout_s}
         for attempt in range(ATTEMPTS):
             trainer = TorchTrainer(
                 session.run_train_worker,
-                train_loop_config={"task": task, "item": item, "device": need.device, "folder": str(storage / name)},
+                train_loop_config=config,
                 torch_config=TorchConfig(backend="nccl" if need.device == "cuda" else "gloo"),
                 scaling_config=train.ScalingConfig(
-                    num_workers=need.workers_per_expert, use_gpu=need.device == "cuda", resources_per_worker=resources
+                    num_workers=need.workers_per_expert, use_gpu=need.device == "cuda", resources_per_worker=need.resources()
                 ),
                 run_config=train.RunConfig(
                     name=name,
                     storage_path=str(storage),
-                    failure_config=train.FailureConfig(max_failures=self.max_failures),
-                    checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+                    # a group that cannot start would be tried for ever
+                    failure_config=train.FailureConfig(max_failures=self.max_failures, controller_failure_limit=self.max_failures),
                     logging_config=train.LoggingConfig(log_level="ERROR"),
                 ),
             )
             try:
-                return ExpertCheckpoint.from_json(trainer.fit().return_value)
+                found = trainer.fit().return_value
+                if "failed" in found:
+                    raise session.raised(found["failed"])
+                return ExpertCheckpoint.from_json(found["expert"])
             except ray.exceptions.RayActorError:
                 if attempt + 1 == ATTEMPTS or not ray.is_initialized():
                     raise
@@ -202,32 +220,52 @@ class RayCluster:
     def search(
         self, task: Task, axes: Mapping[str, Sequence[Any]], items: Mapping[str, Any], storage: Path, stop_early: bool = False
     ) -> dict[str, SearchTrial]:
-        name, folder, parallel = "search", str(storage / "search"), max(1, self.slots())
-        trainable = tune.with_resources(
-            tune.with_parameters(session.run_trial, task=task, items=dict(items), device=self.need.device, axes=tuple(axes)),
-            {"CPU": self.need.cpus} | ({"GPU": self.need.gpus} if self.need.gpus else {}),
-        )
-        with self._quiet():
-            if tune.Tuner.can_restore(folder) and list(Path(folder).glob("experiment_state-*.json")):
-                tuner = tune.Tuner.restore(folder, trainable=trainable, resume_unfinished=True, resume_errored=True)
-            else:
-                tuner = tune.Tuner(
-                    trainable,
-                    param_space={axis: tune.grid_search(list(values)) for axis, values in axes.items()},
-                    tune_config=tune.TuneConfig(
-                        reuse_actors=True,
-                        max_concurrent_trials=parallel,
-                        scheduler=_HalvingPerProblem() if stop_early else None,
-                    ),
-                    run_config=tune.RunConfig(
-                        name=name, storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=1)
-                    ),
+        log, started, slots = TrialLog(storage), time.time(), max(1, self.slots())
+        found = log.read(items)
+        points = {"/".join(map(str, values)): dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())}
+        missing = {key: points[key] for key in items if key not in found}
+        shutil.rmtree(log.folder / TUNE, ignore_errors=True)
+        if missing:
+            with self._quiet():
+                errors = self._tune(task, missing, items, log, slots, stop_early)
+            if errors:
+                raise RunFailed(
+                    f"{len(errors)} of {len(items)} search trials failed: {' '.join(str(errors[0]).split())[-400:]}; "
+                    "the same command again runs them"
                 )
-            grid = tuner.fit()
-        if grid.errors:
-            raise RunFailed(f"{len(grid.errors)} of {len(items)} search trials failed: {' '.join(str(grid.errors[0]).split())[-400:]}")
-        found = {result.metrics["trial"]: SearchTrial.from_json(json.loads(result.metrics["outcome"])) for result in grid}
+            found = log.read(items)
+        self.calls.append(Call.of(task_name(task), slots, time.time() - started, [found[key].seconds for key in missing]))
         return {key: found[key] for key in items}
+
+    def _tune(
+        self, task: Task, missing: Mapping[str, dict[str, Any]], items: Mapping[str, Any], log: TrialLog, slots: int, stop_early: bool
+    ) -> list[Exception]:
+        """Run trials, each of which is written to the log when it ends; returns the errors of those that failed.
+
+        Tune's own records are not kept: they hold pickles, and a kill while one is written leaves a search that cannot be restored.
+        """
+        trainable = tune.with_resources(
+            tune.with_parameters(session.run_trial, task=task, items={key: items[key] for key in missing}, device=self.need.device),
+            self.need.resources(),
+        )
+        try:
+            grid = tune.Tuner(
+                trainable,
+                param_space={"trial": tune.grid_search(list(missing))},
+                tune_config=tune.TuneConfig(
+                    reuse_actors=True, max_concurrent_trials=slots, scheduler=_HalvingPerProblem(missing) if stop_early else None
+                ),
+                run_config=tune.RunConfig(
+                    name=TUNE,
+                    storage_path=str(log.folder),
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=self.max_failures),
+                    callbacks=[_Recorder(log)],
+                ),
+            ).fit()
+        finally:
+            shutil.rmtree(log.folder / TUNE, ignore_errors=True)
+        return list(grid.errors)
 
     def close(self) -> None:
         self._stop.set()
@@ -254,17 +292,30 @@ def _require_reachable(address: str) -> None:
         ) from None
 
 
+class _Recorder(tune.Callback):
+    """Writes down every trial that ended or was stopped."""
+
+    def __init__(self, log: TrialLog):
+        self._log = log
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._log.write(trial.last_result["trial"], SearchTrial.from_json(json.loads(trial.last_result["outcome"])))
+
+
 class _HalvingPerProblem(FIFOScheduler):
     """Asynchronous successive halving (ASHA) among the trials of one problem: at 20, 40 and 80% of its search a trial whose best plan is
     worse than the median of those that came as far is stopped. Never across problems: how much an agent gains over the uniform plan depends
     on the budget, so a generous one would lose all its trials to a tight one."""
 
-    def __init__(self) -> None:
+    def __init__(self, points: Mapping[str, dict[str, Any]]) -> None:
+        """``points``: the combination of axes behind the name of every trial."""
         super().__init__()
+        self._points = points
         self._halvings: dict[tuple[Any, ...], ASHAScheduler] = {}
 
     def _of(self, trial: Any) -> ASHAScheduler:
-        problem = tuple(value for axis, value in sorted(trial.config.items()) if axis not in ("agent", "seed"))
+        point = self._points[trial.config["trial"]]
+        problem = tuple(value for axis, value in sorted(point.items()) if axis not in ("agent", "seed"))
         if problem not in self._halvings:
             self._halvings[problem] = ASHAScheduler("percent", "relative_loss", "min", max_t=100, grace_period=20, reduction_factor=2)
         return self._halvings[problem]
@@ -289,17 +340,21 @@ class _Log:
         self._log, self._original = log, original
 
     def write(self, text: str) -> int:
-        return self._log.write(text) if not self._log.closed else len(text)
+        with contextlib.suppress(OSError, ValueError):  # a full disk, or a line after the end: no reason to stop the run
+            self._log.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        if not self._log.closed:
+        with contextlib.suppress(OSError, ValueError):
             self._log.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong in the worker, without Ray's wrapping."""
+def _cause(error: BaseException, folder: Path) -> BaseException:
+    """What went wrong in the worker, without Ray's wrapping; a hang tells more than the death that ended it."""
     failures = getattr(error, "worker_failures", None)
-    return next(iter(failures.values())) if failures else error
+    cause = next(iter(failures.values())) if failures else error
+    hung = sorted(path for path in folder.glob("hang-rank*.txt") if path.stat().st_size)
+    return RunFailed(hung[0].read_text(errors="replace").splitlines()[0]) if hung else cause

@@ -22,6 +22,7 @@ from orchestrator.calibration import calibrate, read_influence
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry
+from orchestrator.scheduling import longest_first
 from orchestrator.store import RunStore, write_json
 from orchestrator.words import few_steps, predicts
 from workers import data, families, first_stage, latents, partition, tasks, tasks_evaluate, tasks_route
@@ -69,8 +70,8 @@ def analyze(ctx: Context) -> dict[str, Any]:
     ]
     ctx.cluster.scatter(tasks.embed_timesteps, [item for item in items if not Path(item.out).exists()])
     [matrix] = ctx.cluster.scatter(tasks.compare_timesteps, [(tuple(items), num_timesteps, str(ctx.folder / "gram.npy"))])
-    for item in items:
-        Path(item.out).unlink()
+    for part in ctx.folder.glob("embed-*.npy"):  # an attempt with another number of workers had other chunks
+        part.unlink()
     return {"similarity": matrix.to_json()}
 
 
@@ -426,16 +427,25 @@ def _fit_all(ctx: Context, stage: str, jobs: dict[str, ExpertTask]) -> dict[str,
     """Train what has no record yet. A record per finished run, so that a resumed stage does not start trainers for nothing."""
     records = {name: ctx.folder / f"{name}.json" for name in jobs}
     todo = {f"{stage}-{name}-{ctx.fingerprint[:8]}": name for name in jobs if not records[name].exists()}
+    storage = ctx.store.folder / "train"
+    order = longest_first({run: _work(jobs[name], storage / run) for run, name in todo.items()})
 
     def record(run: str, expert: ExpertCheckpoint) -> None:
         inside = Path(expert.path).relative_to(ctx.store.folder)  # a run folder may be moved
         write_json(records[todo[run]], replace(expert, path=inside.as_posix()).to_json())
 
-    storage = ctx.store.folder / "train"
     storage.mkdir(exist_ok=True)
     if todo:
-        ctx.cluster.fit_all(tasks.train_expert, {run: jobs[name] for run, name in todo.items()}, storage, record)
+        ctx.cluster.fit_all(tasks.train_expert, {run: jobs[todo[run]] for run in order}, storage, record)
     return {name: json.loads(path.read_text()) for name, path in records.items()}
+
+
+def _work(task: ExpertTask, folder: Path) -> float:
+    """Multiply-accumulates that are left of training an expert, about: the teacher forward, each sub-network forward and backward."""
+    table = cost_table(families.load_config(task.model), task.elastic)
+    networks = table.cost(task.spec).macs if task.spec else table.dense.macs * (1 + task.random_networks)
+    done = max((int(step.name.removeprefix("step_")) for step in folder.glob("step_*")), default=0)
+    return (task.train.steps - done) * task.train.batch_size * (table.dense.macs + 3 * networks)
 
 
 def _located(ctx: Context, expert: dict[str, Any]) -> ExpertCheckpoint:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class RunStore:
                 f"another diffpruning is running in {self.folder}: wait for it, or watch it with `diffpruning status`"
             ) from None
         try:
+            self.tidy()
             yield
         finally:
             lock.release()
@@ -106,9 +108,29 @@ class RunStore:
         record = read_json(self.stage_folder(stage, fingerprint) / "done.json")
         return record if record is not None and record.get("fingerprint") == fingerprint else None
 
-    def finish(self, stage: str, fingerprint: str, result: dict[str, Any], started: float, seconds: float) -> None:
-        record = {"schema": SCHEMA, "stage": stage, "fingerprint": fingerprint, "started": started, "seconds": seconds, "result": result}
-        write_json(self.stage_folder(stage, fingerprint) / "done.json", record)
+    def finish(
+        self,
+        stage: str,
+        fingerprint: str,
+        result: dict[str, Any],
+        started: float,
+        seconds: float,
+        calls: Sequence[dict[str, Any]] = (),
+        resumed: bool = False,
+    ) -> None:
+        """``calls``: what the stage asked of the cluster, and how long that took; ``resumed``: some of it was made before."""
+        record = {"schema": SCHEMA, "stage": stage, "fingerprint": fingerprint, "started": started, "seconds": seconds}
+        write_json(
+            self.stage_folder(stage, fingerprint) / "done.json", {**record, "resumed": resumed, "calls": list(calls), "result": result}
+        )
+
+    def tidy(self) -> None:
+        """Remove what killed processes have left of files that they were writing; for who holds the lock, and no work under way."""
+        for left in (*self.folder.glob("*/.*.tmp*"), *self.folder.glob("*/*/.*.tmp*")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        for left in self.folder.glob(".*.tmp*"):  # here, commands that need no lock write too
+            if left.is_file() and not _writer_lives(left):
+                left.unlink(missing_ok=True)
 
     def state(self, stage: str, fingerprint: str) -> str:
         """done; partial (started under these settings); stale (done under other settings); or new."""
@@ -130,6 +152,12 @@ class RunStore:
             if folder.is_dir():
                 number = next(n for n in range(1, 10000) if not folder.with_name(f"{folder.name}.aside{n}").exists())
                 folder.rename(folder.with_name(f"{folder.name}.aside{number}"))
+
+
+def _writer_lives(temporary: Path) -> bool:
+    """Whether the process in the name of a temporary file runs on this machine."""
+    number = temporary.name.partition(".tmp")[0].rpartition(".")[2]
+    return number.isdecimal() and Path("/proc", number).exists()
 
 
 def storage_error(error: OSError) -> str | None:

@@ -348,6 +348,11 @@ class ExpertTask(Record):
     network_pool: int = 0
     """How many random sub-networks there are in all; 0: new ones in every step."""
 
+    @property
+    def unit(self) -> str:
+        """Its name in progress lines."""
+        return f"{self.label} {self.interval.name}".strip()
+
 
 @dataclass(frozen=True)
 class RouteSettings(Record):

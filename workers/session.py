@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from workers.contracts import Progress
+from workers.contracts import InputError, Progress, RunFailed
 from workers.trials import SearchTrial
+from workers.watchdog import Watchdog
 
 PROGRESS_ACTOR = "diffpruning-progress"
 
@@ -27,6 +28,8 @@ class Session:
     rank: int = 0
     world_size: int = 1
     on_progress: Callable[[Progress], None] = field(default=lambda event: None)
+    broken: list[str] = field(default_factory=list)
+    """Checkpoints that the last ``resume`` passed over, and why."""
 
     def report(self, event: Progress) -> None:
         """Send one line of progress; never waits for anybody."""
@@ -41,10 +44,15 @@ class Session:
 
     @contextlib.contextmanager
     def resume(self) -> Iterator[Path | None]:
-        """The folder of the newest readable checkpoint of this run, or None."""
+        """The folder of the newest readable checkpoint of this run, or None; what killed processes left half-written goes."""
         from workers import checkpoint
 
-        yield checkpoint.latest(Path(self.folder))
+        found, broken = None, list[str]()
+        if self.rank == 0:
+            checkpoint.sweep(Path(self.folder))
+            found = checkpoint.latest(Path(self.folder), broken)
+        found, self.broken = self.agree((found, broken))  # a file server may show another rank an older state
+        yield found
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Make ``write(folder)``'s files the checkpoint of ``step``, all or nothing; rank 0 writes, and the newest two are kept."""
@@ -88,38 +96,24 @@ class RayTrialSession(RayTaskSession):
 
 
 class RayTrainSession(RayTaskSession):
-    """Inside a Ray Train worker: Ray keeps the checkpoints and gives back the last committed one."""
+    """Inside a Ray Train worker. Checkpoints are our own, as without Ray: a snapshot of Ray's lags behind what was saved, names
+    checkpoints that may be broken, and is not written in one piece."""
 
-    @contextlib.contextmanager
-    def resume(self) -> Iterator[Path | None]:
-        import ray.train
+    def __init__(self, device: str, folder: str, rank: int, world_size: int, first: Progress, hang_timeout_s: float):
+        """``first``: the state before the first report."""
+        super().__init__(device, folder, rank, world_size)
+        self.last = first
+        what = f"{first.stage} {first.unit}" + (f", rank {rank}" if world_size > 1 else "")
+        self.watchdog = Watchdog(hang_timeout_s, Path(folder) / hang_file(rank), what, self.on_hang)
 
-        saved = ray.train.get_checkpoint()
-        if saved is None:
-            yield None
-        else:
-            with saved.as_directory() as folder:
-                yield Path(folder)
+    def report(self, event: Progress) -> None:
+        self.watchdog.beat()
+        self.last = event
+        super().report(event)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        import ray.train
-        from ray.train import Checkpoint, CheckpointUploadMode
-
-        saved = None
-        if self.rank == 0:
-            folder = tempfile.mkdtemp(prefix="diffpruning-")
-            try:
-                write(Path(folder))
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            saved = Checkpoint.from_directory(folder)
-        ray.train.report(
-            {"step": step},
-            checkpoint=saved,
-            checkpoint_dir_name=Path(self.checkpoint_path(step)).name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        )
+    def on_hang(self, text: str) -> None:
+        self.on_progress(replace(self.last, note=text))
+        time.sleep(1)  # the message is on its way, and so is the end
 
 
 class ProgressMailbox:
@@ -147,19 +141,54 @@ def _to_actor() -> Callable[[Progress], None]:
 
 
 def run_train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """The train function of every TorchTrainer: one expert, in the session that Ray prepared."""
+    """The train function of every TorchTrainer: one expert, in the session that Ray prepared.
+
+    Returns {"expert": ...}, or {"failed": ...} for what no other attempt would change: Ray tries again after every exception.
+    """
     import ray.train
 
-    context = ray.train.get_context()
+    context, item = ray.train.get_context(), config["item"]
     _threads()
-    session = RayTrainSession(config["device"], config["folder"], context.get_world_rank(), context.get_world_size())
-    return config["task"](session, config["item"]).to_json()
+    world_size, folder = context.get_world_size(), Path(config["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    first = Progress(item.stage, item.unit, 0, item.train.steps)
+    session = RayTrainSession(config["device"], str(folder), context.get_world_rank(), world_size, first, config["hang_timeout_s"])
+    try:
+        with session.watchdog:
+            return {"expert": config["task"](session, item).to_json()}
+    except (InputError, RunFailed, OSError) as error:
+        if world_size > 1:  # the others wait in a collective for this one, whose exception ends them all
+            raise
+        if isinstance(error, OSError) and error.errno not in FINAL_ERRNOS:
+            raise
+        return {"failed": failure(error)}
 
 
-def run_task(task: Callable[[Session, Any], Any], device: str, item: Any) -> Any:
-    """The body of every Ray task."""
+FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def hang_file(rank: int) -> str:
+    """Beside the checkpoints: where a worker stood that was ended because it made no step."""
+    return f"hang-rank{rank}.txt"
+
+
+def failure(error: InputError | RunFailed | OSError) -> dict[str, Any]:
+    """An error as JSON, from which ``raised`` makes it again."""
+    if isinstance(error, OSError):
+        return {"kind": "OSError", "arguments": [error.errno, error.strerror, error.filename and str(error.filename)]}
+    return {"kind": type(error).__name__, "arguments": [str(error)]}
+
+
+def raised(found: dict[str, Any]) -> Exception:
+    kinds: dict[str, type[Exception]] = {"OSError": OSError, "RunFailed": RunFailed}
+    return kinds.get(found["kind"], InputError)(*found["arguments"])
+
+
+def run_task(task: Callable[[Session, Any], Any], device: str, item: Any) -> tuple[Any, float]:
+    """The body of every Ray task: its result, and the seconds that it took."""
     _threads()
-    return task(RayTaskSession(device), item)
+    started = time.time()
+    return task(RayTaskSession(device), item), time.time() - started
 
 
 def _threads() -> None:
@@ -169,12 +198,10 @@ def _threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 
 
-def run_trial(
-    config: dict[str, Any], task: Callable[[Session, Any], Any], items: dict[str, Any], device: str, axes: tuple[str, ...]
-) -> None:
-    """The trainable of the plan search: one trial is one combination of the axes (budget, agent, seed)."""
+def run_trial(config: dict[str, Any], task: Callable[[Session, Any], Any], items: dict[str, Any], device: str) -> None:
+    """The trainable of the plan search: one trial is one combination of axes (budget, agent, seed), whose name is ``config["trial"]``."""
     _threads()
-    key = "/".join(str(config[axis]) for axis in axes)
+    key = config["trial"]
     session = RayTrialSession(device, key)
     session.report_search(task(session, items[key]))
 

@@ -188,11 +188,13 @@ class Trainer:
         share = 1 / (len(networks) * parts)
         if captured is None:
             lesson = self._teach(batch)
+            self._join(lesson.taught)
             for spec in networks:
                 total += self._learn(lesson, spec, share)
             return total
         captured.batch.copy_(batch)
         captured.teach()
+        self._join(captured.lesson.taught)
         for spec in networks:
             if spec in captured.learn:
                 captured.learn[spec]()
@@ -226,6 +228,14 @@ class Trainer:
         with torch.no_grad():
             taught = Taught.of(self.teacher(noisy, timesteps, **told).sample, self.taught_features.take())
         return Lesson(noisy, timesteps, told, target, taught)
+
+    @torch.no_grad()
+    def _join(self, taught: Taught) -> None:
+        """Energies of the whole batch, not of this worker's part: a mean of ratios is no ratio of means, and two workers would train
+        something else than one. In place, where graphs read them."""
+        if self.accelerator.num_processes > 1 and taught.energies:
+            whole = self.accelerator.reduce(torch.stack(taught.energies), reduction="mean")
+            torch._foreach_copy_(taught.energies, list(whole.unbind()))
 
     def _learn(self, lesson: Lesson, spec: ArchitectureSpec | None, share: float) -> Tensor:
         """One sub-network's gradient, times ``share``; returns its loss, times ``share``."""

@@ -81,7 +81,8 @@ def fit(
 ) -> ExpertCheckpoint:
     """Train ``elastic`` for ``task.train.steps`` steps, from the session's last checkpoint if it has one.
 
-    ``about`` goes into every checkpoint's description. Raises: RunFailed if the loss is not finite.
+    ``about`` goes into every checkpoint's description, and so do the ``attempts``: from which step each began, and when.
+    Raises: RunFailed if the loss is not finite.
     """
     started, settings = time.time(), task.train
     images, conditioner = open_samples(task.images), conditioning.load(task.model)
@@ -97,30 +98,30 @@ def fit(
         weights = torch.tensor(found, device=device)
     trainer = Trainer.of(accelerator, elastic, teacher, features, schedule, settings, weights)
 
-    step, history = 0, []
+    step, history, attempts = 0, [], []
     with session.resume() as folder:
         if folder is not None:
             state, saved = checkpoint.read(folder)
             trainer.load(state)
-            step, history = saved["step"], saved["history"]
+            step, history, attempts = saved["step"], saved["history"], saved.get("attempts", [])
+    attempts = [*attempts, [step, round(started, 2)]]
     if device.type == "cuda" and settings.cuda_graphs and step < settings.steps:
         batch = _batch(task, images, conditioner, schedule, step, device, session)
         trainer.capture(batch, networks.repeated, len(networks(step)))
 
     def save(at: int) -> None:
-        record = {**about, "stage": task.stage, "interval": task.interval.to_json(), "step": at, "history": history}
+        record = {**about, "stage": task.stage, "interval": task.interval.to_json(), "step": at, "history": history, "attempts": attempts}
         session.save(at, lambda folder: checkpoint.write(folder, trainer.tensors(), record))
-
-    unit = f"{task.label} {task.interval.name}".strip()
 
     def report(at: int, note: str = "") -> None:
         seconds = time.time() - started
         rate = (at - first) * settings.batch_size / seconds if at > first else None
         loss = history[-1][1] if history else None
-        session.report(Progress(task.stage, unit, at, settings.steps, loss, rate, seconds, first, note))
+        session.report(Progress(task.stage, task.unit, at, settings.steps, loss, rate, seconds, first, note))
 
     first, told, every = step, 0.0, max(1, settings.steps // 100)
-    report(step, "resumed" if step else "")
+    lost = [f"passed over: {reason}" for reason in session.broken]
+    report(step, "; ".join((["resumed"] if step else []) + lost))
     if settings.steps == 0:
         save(0)
     while step < settings.steps:

@@ -428,7 +428,7 @@ def dotted(values: dict, place: str = "") -> set[str]:
     found = set()
     for name, value in values.items():
         inner = value[0] if isinstance(value, list) and value else value
-        found |= dotted(inner, f"{place}{name}.") if isinstance(inner, dict) else {f"{place}{name}"}
+        found |= dotted(inner, f"{place}{name}.") if isinstance(inner, dict) and inner else {f"{place}{name}"}
     return found
 
 

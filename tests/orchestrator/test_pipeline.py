@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,7 +65,7 @@ class Toys:
 
         def cluster() -> object:
             self.clusters += 1
-            return object()
+            return SimpleNamespace(calls=[])
 
         def on_stage(name: str, state: str, seconds: float) -> None:
             self.told.append((name, state))
@@ -85,6 +86,21 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def changed(**values) -> dict:
     return {**SETTINGS, **values}
+
+
+def test_what_killed_processes_left_half_written_is_gone_after_the_next_run(toys, tmp_path):
+    toys.run()
+    mine = [".progress.999999999.tmp.json", "train/grow-x/.step_0000005.ab12.tmp/state", "start-x/.embed.7.tmp.npy"]
+    alive = f".report.{os.getpid()}.tmp.html"
+    for name in [*mine, alive, "start-x/kept.npy"]:
+        (toys.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (toys.folder / name).write_text("half")
+    toys.broken.add("tell")
+    with pytest.raises(RuntimeError), toys.pipeline().store.lock():
+        toys.run(changed(unread=1, grow={"by": 5, "times": 1}))
+    left = {path.name for path in toys.folder.rglob("*") if ".tmp" in path.name}
+    assert left == {alive}
+    assert (toys.folder / "start-x" / "kept.npy").exists()
 
 
 # --- what is done, what is stale --------------------------------------------------------------------------------------

@@ -265,11 +265,11 @@ def race(*results: tuple[str, dict, int, float]) -> list[str]:
     """(trial, its axes, percent, relative loss) one after the other -> what the scheduler decides."""
     from orchestrator.ray_cluster import _HalvingPerProblem
 
-    scheduler, known = _HalvingPerProblem(), {}
+    scheduler, known = _HalvingPerProblem({name: axes for name, axes, _, _ in results}), {}
     decisions = []
-    for name, axes, percent, loss in results:
+    for name, _, percent, loss in results:
         if name not in known:
-            known[name] = SimpleNamespace(trial_id=name, config=axes)
+            known[name] = SimpleNamespace(trial_id=name, config={"trial": name})
             scheduler.on_trial_add(None, known[name])
         decisions.append(scheduler.on_trial_result(None, known[name], {"percent": percent, "relative_loss": loss}))
     for trial in known.values():

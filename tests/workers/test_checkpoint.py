@@ -1,6 +1,9 @@
 """A checkpoint is whole or not there, and comes back bit for bit."""
 
+import errno
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from workers import checkpoint
 from workers.contracts import InputError
+from workers.session import Session
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -63,11 +67,15 @@ def test_the_newest_two_are_kept(tmp_path):
     assert names(tmp_path) == ["step_0000100", "step_9999999"]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
+def test_saving_a_step_again_keeps_a_whole_one_and_replaces_a_broken_one(tmp_path):
     save(tmp_path, 5, attempt=1)
     save(tmp_path, 5, attempt=2)
     assert names(tmp_path) == ["step_0000005"]
-    assert checkpoint.read(tmp_path / "step_0000005")[1]["attempt"] == 2
+    assert checkpoint.read(tmp_path / "step_0000005")[1]["attempt"] == 1
+    truncate("state.safetensors", 100)(tmp_path / "step_0000005")
+    save(tmp_path, 5, attempt=3)
+    assert names(tmp_path) == ["step_0000005"]
+    assert checkpoint.read(tmp_path / "step_0000005")[1]["attempt"] == 3
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -86,12 +94,39 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path, error)
 
 
 def test_what_a_killed_write_left_is_no_checkpoint_and_no_hindrance(tmp_path):
-    left = tmp_path / ".step_0000005.tmp"
+    left = tmp_path / ".step_0000005.0123abcd.tmp"
     left.mkdir()
     (left / "rubbish").write_text("half")
     assert checkpoint.latest(tmp_path) is None
     assert names(save(tmp_path, 5)) == ["checkpoint.json", "state.safetensors"]
-    assert names(tmp_path) == ["step_0000005"]
+    with Session(folder=str(tmp_path)).resume() as found:
+        assert found == tmp_path / "step_0000005"
+    assert names(tmp_path) == ["step_0000005"], "a run that goes on removes what is left"
+
+
+def test_a_full_disk_is_an_error_that_says_so(tmp_path):
+    """Without files of more than 100 bytes, as without room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            save(tmp_path, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, heard)
+    assert error.value.errno == errno.EFBIG
+    assert names(tmp_path) == []
+
+
+def test_what_resume_passes_over_is_told(tmp_path):
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    truncate("state.safetensors", 100)(newer)
+    session = Session(folder=str(tmp_path))
+    with session.resume() as found:
+        assert found == older
+    [told] = session.broken
+    assert str(newer) in told
 
 
 def test_there_is_no_latest_checkpoint_in_an_empty_or_missing_folder(tmp_path):

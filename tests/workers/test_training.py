@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch import Tensor
 
 from workers import conditioning, data, families, tasks, training
 from workers.contracts import ElasticSettings, ExpertTask, ImageTask, Interval, RunFailed, TrainSettings
@@ -131,26 +132,31 @@ from workers import tasks
 from workers.contracts import ExpertTask
 from workers.session import Session
 torch.set_num_threads(1)
-rank, folder = int(os.environ["RANK"]), sys.argv[1]
+rank = int(os.environ["RANK"])
 torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-task = ExpertTask.from_json(json.load(open(sys.argv[2])))
-steps = []
-session = Session(folder=folder, rank=rank, world_size=2, on_progress=steps.append)
-tasks.train_expert(session, task)
+for folder in sys.argv[1:]:
+    task = ExpertTask.from_json(json.load(open(f"{folder}/task.json")))
+    tasks.train_expert(Session(folder=folder, rank=rank, world_size=2), task)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_workers_train_what_one_trains_with_the_joined_batch(task, tmp_path):
-    one = tasks.train_expert(Session(folder=str(tmp_path / "one")), task)
-    (tmp_path / "task.json").write_text(json.dumps(task.to_json()))
+@pytest.fixture(scope="module")
+def one_and_two(task, tmp_path_factory) -> dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Steps -> the training state of one process, and that of two data-parallel ones. The single step is not clipped."""
+    folder = tmp_path_factory.mktemp("ranks")
+    single = dataclasses.replace(task, train=dataclasses.replace(task.train, steps=1, max_grad_norm=1e9))
+    trained = {1: single, 6: task}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    for steps, one in trained.items():
+        (folder / f"{steps}").mkdir()
+        (folder / f"{steps}" / "task.json").write_text(json.dumps(one.to_json()))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / "two"), str(tmp_path / "task.json")],
+            [sys.executable, "-c", RANK, *(str(folder / f"{steps}") for steps in trained)],
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",  # two ranks with two threads each would spin on two cores
@@ -169,12 +175,30 @@ def test_two_workers_train_what_one_trains_with_the_joined_batch(task, tmp_path)
     for rank in ranks:
         _, err = rank.communicate(timeout=300)
         assert rank.returncode == 0, err
-    a, b = load_file(f"{one.path}/state.safetensors"), load_file(f"{tmp_path}/two/step_0000006/state.safetensors")
+    found = {}
+    for steps, one in trained.items():
+        alone = tasks.train_expert(Session(folder=str(folder / f"alone{steps}")), one)
+        found[steps] = load_file(f"{alone.path}/state.safetensors"), load_file(folder / f"{steps}/step_{steps:07d}/state.safetensors")
+    return found
+
+
+def test_two_workers_train_what_one_trains_with_the_joined_batch(task, one_and_two):
+    a, b = one_and_two[6]
     weights = [name for name in a if name.startswith(("model.", "ema."))]
     start = families.load_denoiser(task.model).state_dict()
     moved = max(float((a[f"model.{name}"] - tensor).abs().max()) for name, tensor in start.items())
     apart = max(float((a[name] - b[name]).abs().max()) for name in weights)
     assert apart < 0.02 * moved, f"one and two workers are {apart} apart, training moved {moved}"
+
+
+def test_the_gradient_of_two_workers_is_that_of_one_with_the_joined_batch(one_and_two):
+    """After one step AdamW's first moment is (1 - beta1) times the gradient, if nothing clips it."""
+    a, b = one_and_two[1]
+    gradients = [name for name in a if name.endswith(".exp_avg")]
+    largest = max(float(a[name].abs().max()) for name in gradients)
+    apart = max(float((a[name] - b[name]).abs().max()) for name in gradients)
+    assert largest > 0
+    assert apart < 1e-5 * largest, f"gradients are {apart / largest:.1e} of the largest apart"
 
 
 def test_a_finetuned_expert_is_small_and_its_loss_falls(task, tmp_path):

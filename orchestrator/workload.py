@@ -1,0 +1,61 @@
+"""How much work each stage of a job is: calls to the cluster and their units, in forward passes of one image of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator import evaluation
+from orchestrator.config import JobConfig, Training
+from workers import similarity
+from workers.cost import CostTable
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call. A backward pass counts two forward passes."""
+
+    task: str
+    units: tuple[float, ...]
+    pieces: int = 0
+    """Into how many equal parts the units' sum may be cut anew; 0: the units stay as they are."""
+
+
+def experts_of(job: JobConfig) -> int:
+    """How many there will be, at most."""
+    experts = job.partition.experts
+    return experts if isinstance(experts, int) else len(experts) + 1 if isinstance(experts, list) else job.partition.max_experts
+
+
+def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[Work, ...]]:
+    """Stage -> its calls in order. ``images``: how many the data has."""
+    experts, copies = experts_of(job), 1 + len(job.finetune.compare)
+    ratios = [budget.ratio for budget in job.budgets]
+    train, tune, route = job.specialize, job.finetune, job.router
+    gradient = job.similarity.timesteps * min(job.similarity.images, images) * 3
+    needs_model = similarity.measure(job.similarity.measure).NEEDS_MODEL
+    choices = sum(min(4, len(site.choices) - 1) for site in table.space.sites)
+    agents = dict.fromkeys(["uniform", *route.agents, *tune.compare])
+    era = float(experts * route.era_steps * route.era_batch)
+    trials = [era if agent == "era" else 0.0 for _ in ratios for agent in agents for _ in route.seeds]
+    drawn = job.evaluate.samples + job.evaluate.frechet_samples
+    row = job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps
+    rows: list[float] = [row, *(drawn * sampler.steps for sampler in evaluation.dense_samplers(job))]
+    rows += [row * ratio for ratio in ratios for _ in range(copies + job.evaluate.cut_only)]
+    return {
+        "analyze": (Work("embed_timesteps", (float(gradient if needs_model else 0),), job.similarity.timesteps),),
+        "partition": (),
+        "specialize": (Work("train_expert", (_trained(train, 0.65 + 0.6 * train.random_networks),) * experts),),
+        "route": (Work("expert_sensitivity", (choices * route.images / 2,) * experts), Work("search_plan", tuple(trials))),
+        "finetune": (Work("train_expert", tuple(_trained(tune, ratio) for ratio in ratios for _ in range(copies * experts))),),
+        "publish": (Work("evaluate_shard", tuple(rows)),),
+    }
+
+
+def passes(works: Sequence[Work]) -> float:
+    return sum(sum(work.units) for work in works)
+
+
+def _trained(settings: Training, networks: float) -> float:
+    """One expert: the teacher forward, and sub-networks that cost ``networks`` dense ones forward and backward."""
+    return settings.steps * settings.batch_size * (1 + 3 * networks)

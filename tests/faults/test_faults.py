@@ -1,0 +1,305 @@
+"""Any process or node may die at any time, and the result is the same bits; what was lost is told in a table.
+
+The same command, or Ray's own retry, goes on after every fault. `make faults` runs them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.faults.harness import EVERY, TABLE, Driver, Job, Nodes, Row, judged, marked, moment, of_process
+
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
+
+TASK, TRAINER, CONTROLLER, TRIAL = r"ray::run_task", r"ray::RayTrainWorker", r"ray::TrainController", r"ray::(ImplicitFunc|run_trial)"
+AT_WORK = {"analyze": TASK, "specialize": TRAINER, "route": TRIAL, "finetune": TRAINER, "publish": TASK}
+"""Stage -> whose process works in it."""
+
+
+def part_of(stage: str) -> float:
+    """From where on a unit is worth killing: trainers have a checkpoint or two by then."""
+    return 0.3 if stage in EVERY else 0.0
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+def test_killed_workers_controllers_and_trials_are_started_again_by_the_same_command(job_file, reference, tmp_path):
+    job = Job(job_file, tmp_path / "processes")
+    with judged(job, reference) as rows:
+        driver = job.start()
+        for stage, what, pattern in (
+            ("analyze", "task", TASK),
+            ("specialize", "train worker", TRAINER),
+            ("route", "Tune trial", TRIAL),
+            ("finetune", "train controller", CONTROLLER),
+            ("publish", "task", TASK),
+        ):
+            units = driver.until_work(stage, part_of(stage))
+            victim = driver.until(lambda pattern=pattern: driver.workers(pattern), f"{what} in {stage}")[0]
+            units = of_process(victim, units)
+            lost, started = job.lost(stage, units), time.monotonic()
+            victim.kill()
+            driver.until_again_at(stage, units)
+            rows.append(Row(f"kill -9 of a {what}", moment(stage, units), lost, time.monotonic() - started))
+        assert driver.wait() == 0, driver.said
+    assert all(row.lost is None or row.lost <= 10 for row in rows)
+    assert "Traceback" not in driver.said
+
+
+# --- a node -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    mark = uuid.uuid4().hex
+    found = Nodes(mark, 2)
+    yield found
+    found.close()
+    deadline = time.monotonic() + 60
+    while left := marked(mark):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.5)
+
+
+SLOT = ("resources.custom={slot: 1}",)
+
+
+def test_a_node_that_is_lost_in_any_stage_costs_what_ran_on_it_since_the_last_checkpoint(job_file, reference, nodes, tmp_path):
+    job = Job(job_file, tmp_path / "nodes", nodes.address, SLOT)
+    with judged(job, reference) as rows:
+        driver = job.start()
+        for stage, pattern in AT_WORK.items():
+            units = driver.until_work(stage, part_of(stage))
+
+            def busy(pattern: str = pattern) -> list:
+                return [(n, found[0]) for n in nodes.nodes if (found := driver.workers(pattern, [nodes.raylet(n)]))]
+
+            node, worker = driver.until(busy, f"node at work in {stage}")[0]
+            units = of_process(worker, units)
+            lost, started = job.lost(stage, units), time.monotonic()
+            nodes.lose(node)
+            driver.until_again_at(stage, units)
+            rows.append(Row("node lost (kill -9 of its raylet)", moment(stage, units), lost, time.monotonic() - started))
+        assert driver.wait() == 0, driver.said
+    assert all(row.lost is None or row.lost <= 10 for row in rows)
+    assert "Traceback" not in driver.said
+
+
+def test_two_workers_per_expert_go_on_after_one_of_them_is_killed_and_train_what_one_trains(job_file, calm, nodes, tmp_path):
+    """Equal to one worker's experts but for rounding: the order of sums differs."""
+    job = Job(job_file, tmp_path / "pairs", nodes.address, (*SLOT, "resources.workers_per_expert=2"))
+    driver = job.start("--until", "specialize")
+    units = driver.until_work("specialize", 0.3)
+    victims = driver.until(
+        lambda: [w for node in nodes.nodes for w in driver.workers(TRAINER, [nodes.raylet(node)])] if len(units) else [], "two ranks"
+    )
+    units = of_process(victims[-1], units)
+    lost, started = job.lost("specialize", units), time.monotonic()
+    victims[-1].kill()
+    driver.until_again_at("specialize", units)
+    recovered = time.monotonic() - started
+    assert driver.wait() == 0, driver.said
+    job.assert_clean()
+    apart = 0.0
+    for folder in calm.run.glob("train/specialize-*/step_0000080"):
+        interval = folder.parent.name.removeprefix("specialize-").rpartition("-")[0]
+        [mine] = job.run.glob(f"train/specialize-{interval}-*/step_0000080")
+        a, b = load_file(folder / "state.safetensors"), load_file(mine / "state.safetensors")
+        apart = max(apart, *(float((a[name] - b[name]).abs().max()) for name in a if name.startswith(("model.", "ema."))))
+    TABLE.append(Row("kill -9 of one of two workers (DDP)", moment("specialize", units), lost, recovered))
+    could_move = 80 * 2e-4 / 2  # AdamW's step is at most the learning rate, a cosine from 2e-4 to zero
+    assert apart < 0.05 * could_move, f"{apart} apart, training could move {could_move}"
+
+
+def test_what_never_fits_a_cluster_is_refused_at_once_and_nothing_is_written(job_file, nodes, tmp_path):
+    for setting, told in (
+        ("resources.custom={slot: 2}", "1 worker(s) of 1 CPU and 2 slot never fit this cluster of 3 node(s), the largest with 1 CPUs"),
+        ("resources.custom={tpu: 1}", "1 worker(s) of 1 CPU and 1 tpu never fit"),
+        ("resources.workers_per_expert=4", "4 worker(s) of 1 CPU never fit"),
+    ):
+        job = Job(job_file, tmp_path / "never", nodes.address, (setting,))
+        driver = job.start()
+        assert driver.wait() == 2
+        assert told in driver.said
+        assert not list(job.run.glob("*/done.json"))
+        driver.log.unlink()
+
+
+# --- the driver -------------------------------------------------------------------------------------------------------
+
+
+def test_a_driver_that_is_killed_at_twenty_random_moments_loses_at_most_one_interval_each_time(job_file, reference, tmp_path):
+    """One job after the other, each killed and resumed until it is done, until there were twenty kills."""
+    rng, kills, worst, slowest, stages = random.Random(20), 0, 0, 0.0, set()
+    rows: list[Row] = []
+    for number in range(20):
+        job = Job(job_file, tmp_path / f"killed{number}")
+        with judged(job, reference) as mine:
+            while True:
+                driver = job.start()
+                killed = kills < 20 and _kill_at_random(rng, job, driver)
+                if not killed:
+                    assert driver.wait() == 0, driver.said
+                    break
+                kills += 1
+                lost, waited, stage = killed
+                worst, slowest = max(worst, lost), max(slowest, waited)
+                stages.add(stage)
+            if kills >= 20:
+                moments = f"20 moments in {', '.join(sorted(stages - {'-'}))}"
+                rows.append(Row("kill -9 of the driver, worst of 20", moments[:41], worst, slowest))
+                mine += rows
+        if kills >= 20:
+            break
+    assert worst <= 10
+    assert len(stages) >= 3, f"kills hit only {stages}"
+
+
+def _kill_at_random(rng: random.Random, job: Job, driver: Driver) -> tuple[int, float, str] | None:
+    """(steps lost, seconds until it had been at work, stage), or None if the driver was done before."""
+    early, delay = rng.random() < 0.2, rng.uniform(0, 6)
+
+    def at_work() -> str | None:
+        found = driver.progress()
+        if found.get("at", 0) > driver.started and any(unit["step"] < unit["steps"] for unit in found["units"]):
+            return found["stage"]
+        return None
+
+    if early:
+        time.sleep(delay)
+        stage = "-"
+    else:
+        while not (stage := at_work()):
+            if driver.process.poll() is not None:
+                return None
+            time.sleep(0.05)
+    waited = 0.0 if early else time.time() - driver.started
+    end = time.monotonic() + delay
+    while not early and time.monotonic() < end:
+        if driver.process.poll() is not None:
+            return None
+        time.sleep(0.05)
+    stage = at_work() or stage
+    units = [unit for unit in driver.units(stage).values() if unit["step"] < unit["steps"]]
+    if driver.process.poll() is not None:
+        return None
+    driver.kill()
+    return (job.lost(stage, units) or 0) if units else 0, waited, stage
+
+
+# --- signals, a broken checkpoint, a full disk ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own with 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leave no room on the file system of a folder."""
+    ballast = folder / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(65536))
+    return ballast
+
+
+def test_signals_a_truncated_checkpoint_and_a_full_disk_end_in_a_line_and_the_same_command_goes_on(
+    job_file, reference, small_disk, tmp_path
+):
+    job = Job(job_file, small_disk / "small", logs=tmp_path)
+    with judged(job, reference) as rows:
+        driver = job.start()
+        units = driver.until_work("specialize", 0.3)
+        term, lost, started = moment("specialize", units), job.lost("specialize", units), time.monotonic()
+        assert driver.kill(signal.SIGTERM) == 130
+        assert driver.said.splitlines()[-1] == "interrupted: the same command continues where this one stopped"
+
+        unit = max(units, key=lambda one: one["step"])
+        newest = job.newest_step("specialize", unit["unit"])
+        state = job.trainer_of("specialize", unit["unit"]) / f"step_{newest:07d}" / "state.safetensors"
+        os.truncate(state, state.stat().st_size // 2)
+        driver = job.start()
+        driver.until_again_at("specialize", units)
+        rows.append(Row("SIGTERM", term, lost, time.monotonic() - started))
+        broken = unit["step"] - newest + 10
+        rows.append(Row("checkpoint truncated on disk", moment("specialize", [unit]), broken, time.monotonic() - started))
+        assert f"passed over: checkpoint {state.parent} cannot be read" in driver.said
+        assert [step for step, _ in job.attempts("specialize", unit["unit"])][-1] == newest - 10
+
+        units = driver.until_work("finetune", 0.3)
+        interrupted, lost, started = moment("finetune", units), job.lost("finetune", units), time.monotonic()
+        assert driver.kill(signal.SIGINT) == 130
+        driver = job.start()
+        driver.until_again_at("finetune", units)
+        rows.append(Row("SIGINT", interrupted, lost, time.monotonic() - started))
+
+        left = driver.units("finetune").values()
+        units = [unit for unit in left if unit["step"] < unit["steps"]] or list(left)
+        full, lost, started = moment("finetune", units), job.lost("finetune", units), time.monotonic()
+        ballast = fill(small_disk)
+        assert driver.wait() == 1
+        assert driver.said.splitlines()[-1].startswith("error: ")
+        assert "No space left on device" in driver.said.splitlines()[-1]
+        assert "same command again" in driver.said.splitlines()[-1]
+        assert "Traceback" not in driver.said
+        ballast.unlink()
+        driver = job.start()
+        driver.until_again_at("finetune", units)
+        rows.append(Row("storage full", full, lost, time.monotonic() - started))
+        assert driver.wait() == 0, driver.said
+    assert all(row.lost is not None and row.lost <= 10 + 10 * ("truncated" in row.fault) for row in rows)
+
+
+# --- a worker that hangs ----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_hangs_is_ended_with_a_line_that_names_it_and_where_it_stood(job_file, reference, tmp_path):
+    """First the images are on a file server that does not answer (a pipe that nobody writes to), then a process is stopped."""
+    job = Job(job_file, tmp_path / "hangs", settings=("resources.hang_timeout_s=60",))
+    with judged(job, reference) as rows:
+        job.finish("--until", "partition")
+        [cache] = job.run.glob("cache/images-*.arrow")
+        driver = job.start()
+        driver.until(lambda: list(job.run.glob("train/specialize-*")), "trainer")
+        aside = shutil.move(cache, tmp_path / "aside.arrow")
+        os.mkfifo(cache)
+        [first, *_] = driver.until(lambda: list(job.run.glob("train/specialize-*/hang-rank0.txt")), "hang that was noticed")
+        started = time.monotonic()
+        shutil.move(aside, cache)
+        stood = first.read_text() if first.exists() else ""
+        driver.until_work("specialize", 0.1)
+        rows.append(Row("worker hangs while it reads (60 s allowed)", "specialize", 0, time.monotonic() - started))
+        assert "no step for 60 s (resources.hang_timeout_s), ended; where it stood: " in driver.said
+        assert "specialize t0" in stood
+        assert "open_samples" in stood
+
+        units = driver.until_work("finetune", 0.3)
+        victim = driver.until(lambda: driver.workers(TRAINER), "train worker in finetune")[0]
+        units = of_process(victim, units)
+        lost, started = job.lost("finetune", units), time.monotonic()
+        victim.suspend()
+        driver.until_again_at("finetune", units)
+        rows.append(Row("worker stopped (SIGSTOP, 60 s allowed)", moment("finetune", units), lost, time.monotonic() - started))
+        assert driver.wait() == 0, driver.said
+    assert all(row.lost is not None and row.lost <= 10 for row in rows)
