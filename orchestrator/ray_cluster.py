@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,19 +24,25 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 
 import ray
 from ray import train, tune
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster import Need, Task, raise_failures
+from orchestrator.ray_jobs import TrainState
 from workers import session
 from workers.contracts import ExpertCheckpoint, InputError, Progress, RunFailed
+from workers.nodes import this_node
 from workers.trials import SearchTrial
 
 ATTEMPTS = 2
 """Tries of one trainer: FailureConfig covers its workers, not the death of its controller."""
+TRAINERS_EVERY_S = 5.0
+NODES_TIMEOUT_S = 120.0
 
 
 class RayCluster:
@@ -51,10 +59,12 @@ class RayCluster:
         timeout_s: float,
         max_failures: int,
         on_progress: Callable[[Progress], None],
-        log: Path,
+        on_trainers: Callable[[list[dict[str, Any]]], None],
+        folder: Path,
     ):
-        """Raises: InputError if no node could ever hold one worker."""
-        self._log = log.open("a")
+        """``folder``: the run's. Raises: InputError if no node could ever hold one worker, or one does not see the folder."""
+        self._log = (folder / "ray.log").open("a")
+        self._marker: Path | None = None
         self.max_failures = max_failures
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
         self._own = not ray.is_initialized()
@@ -69,7 +79,8 @@ class RayCluster:
                 device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
             self.need = Need(device, cpus, gpus if device == "cuda" else 0, workers_per_expert)
             self._check_capacity()
-            self._watch(on_progress)
+            self._mark(folder)
+            self._watch(on_progress, on_trainers, folder.name)
         except BaseException:
             self._disconnect()
             raise
@@ -81,21 +92,20 @@ class RayCluster:
         if address := os.environ.get("RAY_ADDRESS"):
             _require_reachable(address)
             try:
-                ray.init(**options)
-            except (ConnectionError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"RAY_ADDRESS {address}: {reason}; a cluster that asks for a token needs RAY_AUTH_MODE=token") from error
+                self._dashboard = ray.init(**options).dashboard_url
+            except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+                raise InputError(f"RAY_ADDRESS {address}: {_refusal(str(error))}") from error
             return
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only, and ends with this process
         # The dashboard is needed even when nobody looks: the trainers' clean-up asks its State API.
-        ray.init(
+        self._dashboard = ray.init(
             address="local",
             num_cpus=None if local_cpus is None else min(local_cpus, os.cpu_count() or 1),
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             object_store_memory=256 * 2**20,
             **options,
-        )
+        ).dashboard_url
 
     def _check_capacity(self) -> None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -107,10 +117,35 @@ class RayCluster:
                 "lower resources.cpus_per_worker, gpus_per_worker or workers_per_expert"
             )
 
-    def _watch(self, on_progress: Callable[[Progress], None]) -> None:
+    def _mark(self, folder: Path) -> None:
+        """On a cluster: every node must see the run folder, by a file just made there, and run the code of this process.
+
+        The file stays while we work, for nodes that come later. Raises: InputError that names the nodes."""
+        for left in folder.glob(".storage-marker-*"):  # the folder is locked: whoever made it is gone
+            left.unlink(missing_ok=True)
+        if not os.environ.get("RAY_ADDRESS"):
+            return
+        self._marker = folder / f".storage-marker-{uuid.uuid4().hex}"
+        self._marker.touch()
+        _check_nodes(self._marker)
+
+    @property
+    def _seen(self) -> str:
+        """What a worker must see before it works; nothing on this machine's own Ray."""
+        return str(self._marker or "")
+
+    def _watch(self, on_progress: Callable[[Progress], None], on_trainers: Callable[[list[dict[str, Any]]], None], run: str) -> None:
         actor = ray.remote(num_cpus=0)(session.ProgressMailbox)
-        self._mailbox = actor.options(name=session.PROGRESS_ACTOR, get_if_exists=True, lifetime=None).remote()
+        self._mailbox = actor.options(name=session.PROGRESS_ACTOR, get_if_exists=True, lifetime=None, enable_task_events=False).remote(run)
         self._stop = threading.Event()
+        state = TrainState(self._dashboard, ray.get_runtime_context().get_job_id())
+
+        def watch_trainers() -> None:
+            while not self._stop.wait(TRAINERS_EVERY_S):
+                if (found := state.read()) is not None:
+                    on_trainers(found)
+
+        threading.Thread(target=watch_trainers, daemon=True).start()
 
         def poll() -> None:
             while not self._stop.wait(0.5):
@@ -139,7 +174,8 @@ class RayCluster:
 
     def scatter(self, task: Task, items: Sequence[Any]) -> list[Any]:
         remote = ray.remote(num_cpus=self.need.cpus, num_gpus=self.need.gpus, max_retries=self.max_failures)(session.run_task)
-        running = [remote.remote(task, self.need.device, item) for item in items]
+        named = remote.options(name=task.__name__)
+        running = [named.remote(task, self.need.device, item, self._seen) for item in items]
         try:
             return ray.get(running)
         except ray.exceptions.RayError as error:
@@ -179,7 +215,7 @@ class RayCluster:
         for attempt in range(ATTEMPTS):
             trainer = TorchTrainer(
                 session.run_train_worker,
-                train_loop_config={"task": task, "item": item, "device": need.device, "folder": str(storage / name)},
+                train_loop_config={"task": task, "item": item, "device": need.device, "folder": str(storage / name), "marker": self._seen},
                 torch_config=TorchConfig(backend="nccl" if need.device == "cuda" else "gloo"),
                 scaling_config=train.ScalingConfig(
                     num_workers=need.workers_per_expert, use_gpu=need.device == "cuda", resources_per_worker=resources
@@ -204,7 +240,9 @@ class RayCluster:
     ) -> dict[str, SearchTrial]:
         name, folder, parallel = "search", str(storage / "search"), max(1, self.slots())
         trainable = tune.with_resources(
-            tune.with_parameters(session.run_trial, task=task, items=dict(items), device=self.need.device, axes=tuple(axes)),
+            tune.with_parameters(
+                session.run_trial, task=task, items=dict(items), device=self.need.device, axes=tuple(axes), marker=self._seen
+            ),
             {"CPU": self.need.cpus} | ({"GPU": self.need.gpus} if self.need.gpus else {}),
         )
         with self._quiet():
@@ -235,6 +273,8 @@ class RayCluster:
         self._disconnect()
 
     def _disconnect(self) -> None:
+        if self._marker is not None:
+            self._marker.unlink(missing_ok=True)
         if self._own:
             with self._quiet():
                 ray.shutdown()
@@ -252,6 +292,54 @@ def _require_reachable(address: str) -> None:
         raise InputError(
             f"RAY_ADDRESS is {address}, but nothing answers there ({error.strerror or error}): start the cluster or unset it"
         ) from None
+
+
+def _refusal(text: str) -> str:
+    """Why a cluster does not take us, and what to do, in one line."""
+    told = re.findall(r"(Ray|Python): (\S+)", text)
+    if "ersion mismatch" in text and len(told) >= 4:
+        cluster, here = ("Ray {} on Python {}".format(*(dict(pair)[key] for key in ("Ray", "Python"))) for pair in (told[:2], told[2:4]))
+        return (
+            f"the cluster runs {cluster}, this command {here}: use the cluster's versions, or `diffpruning submit`, which uses its Python"
+        )
+    reason = " ".join(text.split())[:200]
+    return f"{reason}; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token"
+
+
+def _check_nodes(marker: Path) -> None:
+    """Raises: InputError that names the nodes that do not see the file, or run other code than this process."""
+    remote = ray.remote(num_cpus=0, max_retries=0)(this_node)
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            asked[remote.options(name="check node", scheduling_strategy=where).remote(str(marker))] = name
+    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_TIMEOUT_S)
+    blind, other, broken = [], [], [f"{asked[ref]}: no answer for {NODES_TIMEOUT_S:g} s" for ref in silent]
+    mine = this_node(str(marker))
+    for ref in ready:
+        try:
+            found = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            broken.append(f"{asked[ref]}: {' '.join(str(error.cause or error).split())[-200:]}")
+            continue
+        except ray.exceptions.RayError:  # it has just gone
+            continue
+        blind += [asked[ref]] * (not found.sees)
+        told = [f"{name} {found.versions.get(name, 'none')} instead of {wanted}" for name, wanted in mine.versions.items()]
+        odd = [text for text, name in zip(told, mine.versions, strict=True) if found.versions.get(name) != mine.versions[name]]
+        odd += ["another version of diffpruning"] * (found.code != mine.code)
+        other += [f"{asked[ref]} has {', '.join(odd)}"] * bool(odd)
+    if blind:
+        raise InputError(
+            f"storage.path: {marker.parent} is not seen by {', '.join(blind)}: every node must mount the shared storage at this path"
+        )
+    if other or broken:
+        raise InputError(
+            f"the cluster's nodes are not alike: {'; '.join(other + broken)}: install the same versions (constraints.txt) on every node, "
+            "or let the code travel with `diffpruning submit`"
+        )
 
 
 class _HalvingPerProblem(FIFOScheduler):
