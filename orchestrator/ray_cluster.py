@@ -24,7 +24,6 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 
 import ray
 from ray import train, tune
@@ -42,6 +41,7 @@ from workers.trials import SearchTrial
 ATTEMPTS = 2
 """Tries of one trainer: FailureConfig covers its workers, not the death of its controller."""
 TRAINERS_EVERY_S = 5.0
+STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 NODES_TIMEOUT_S = 120.0
 
 
@@ -91,6 +91,7 @@ class RayCluster:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address := os.environ.get("RAY_ADDRESS"):
             _require_reachable(address)
+            os.environ.setdefault(STATE_TRACKING, "1")  # one actor of 0.4 GB for the whole cluster; too much for a laptop
             try:
                 self._dashboard = ray.init(**options).dashboard_url
             except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -138,7 +139,8 @@ class RayCluster:
         actor = ray.remote(num_cpus=0)(session.ProgressMailbox)
         self._mailbox = actor.options(name=session.PROGRESS_ACTOR, get_if_exists=True, lifetime=None, enable_task_events=False).remote(run)
         self._stop = threading.Event()
-        state = TrainState(self._dashboard, ray.get_runtime_context().get_job_id())
+        tracked = os.environ.get(STATE_TRACKING) == "1"
+        state = TrainState(self._dashboard if tracked else None, ray.get_runtime_context().get_job_id())
 
         def watch_trainers() -> None:
             while not self._stop.wait(TRAINERS_EVERY_S):
@@ -265,6 +267,9 @@ class RayCluster:
         if grid.errors:
             raise RunFailed(f"{len(grid.errors)} of {len(items)} search trials failed: {' '.join(str(grid.errors[0]).split())[-400:]}")
         found = {result.metrics["trial"]: SearchTrial.from_json(json.loads(result.metrics["outcome"])) for result in grid}
+        for plan in (trial.plan for trial in found.values()):  # those of trials that ended before a restart too
+            if plan is not None:
+                self._mailbox.planned.remote(plan.to_json())
         return {key: found[key] for key in items}
 
     def close(self) -> None:

@@ -38,18 +38,20 @@ def pack(job: str, overrides: Sequence[str], folder: Path) -> Parcel:
     """Fill the empty ``folder``. Raises: InputError for a path that means nothing on another machine, and for too much to carry."""
     config, written = load_job(job, overrides), read_job(job, overrides)
     values = config.model_dump(mode="json")
-    for section, key in (("storage", "path"), ("registry", "path")):
-        _require_shared(f"{section}.{key}", values[section][key])
+    wrong = [_not_shared(f"{section}.path", values[section]["path"]) for section in ("storage", "registry")]
+    bundled = []
     for section, key in PATH_KEYS:
         path = values[section][key]
-        if path is None:
-            continue
-        inside = _bundled(path)
+        inside = None if path is None else _bundled(path)
         if inside is not None:
-            _copy(BUNDLED / file_of(inside), folder / "jobs" / file_of(inside))
             values[section][key] = f"./jobs/{inside}"
-        else:
-            _require_there(f"{section}.{key}", path, (written.get(section) or {}).get(key))
+            bundled.append(file_of(inside))
+        elif path is not None:
+            wrong.append(_not_there(f"{section}.{key}", path, (written.get(section) or {}).get(key)))
+    if any(wrong):
+        raise InputError("; ".join(filter(None, wrong)))
+    for name in bundled:
+        _copy(BUNDLED / name, folder / "jobs" / name)
     for package in CODE:
         _copy(BUNDLED.parent / package, folder / package)
     (folder / "job.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -63,27 +65,27 @@ def pack(job: str, overrides: Sequence[str], folder: Path) -> Parcel:
     return Parcel(config, f"{values['storage']['path'].rstrip('/')}/{config.name}", len(sizes), sum(sizes.values()))
 
 
-def _require_shared(key: str, path: str) -> None:
-    """The cluster's nodes have to mean the same by it. Whether they see it, the driver asks them when it starts."""
-    if not path.startswith("/"):
-        example = f"--set {key}=/mnt/shared/{Path(path).name or 'runs'}"
-        raise InputError(
-            f"{key} is {path}: a job on a cluster needs storage that every node sees, at an absolute path: {example}"
-            if "://" not in path
-            else f"{key} is {path}: folders of runs and models lie on a file system that every node mounts: {example}"
-        )
+def _not_shared(key: str, path: str) -> str:
+    """What is wrong with a place for results: all nodes have to mean the same by it. Whether they see it, the driver asks them."""
+    if path.startswith("/") or (key == "registry.path" and "://" in path):
+        return ""
+    example = f"--set {key}=/mnt/shared/{Path(path).name or 'runs'}"
+    if "://" in path:
+        return f"{key} is {path}: run folders lie on a file system that every node mounts: {example}"
+    return f"{key} is {path}: a job on a cluster needs storage that every node sees, at an absolute path: {example}"
 
 
-def _require_there(key: str, path: str, written: Any) -> None:
-    """A path that is not bundled is the cluster's: absolute, or the name of something to be downloaded there."""
+def _not_there(key: str, path: str, written: Any) -> str:
+    """What is wrong with a path that is not bundled: it is the cluster's, so absolute, or the name of something to be downloaded there."""
     text = written.written if isinstance(written, Beside) else path
-    name_on_the_hub = key == "model.path" and not isinstance(written, Beside) and path.count("/") <= 1 and path[0] not in "./~"
+    hub = path.startswith("hf://") or (key == "model.path" and path.count("/") <= 1 and path[0] not in "./~")
     function = key == "evaluate.lpips" and ":" in path
-    if not (path.startswith("hf://") or name_on_the_hub or function) and (isinstance(written, Beside) or not path.startswith("/")):
-        raise InputError(
-            f"{key} is {text}: only code and bundled files travel with a job, so give its absolute path on the cluster's storage: "
-            f"--set {key}=/mnt/shared/{Path(file_of(text)).name}"
-        )
+    if not isinstance(written, Beside) and (path.startswith("/") or hub or function):
+        return ""
+    return (
+        f"{key} is {text}: only code and bundled files travel with a job, so give its absolute path on the cluster's storage: "
+        f"--set {key}=/mnt/shared/{Path(file_of(text)).name}"
+    )
 
 
 def _bundled(path: str) -> str | None:
