@@ -138,7 +138,8 @@ def _follow(jobs: Jobs, id: str, as_json: bool) -> None:
     if job.exit_code:
         told = f": {job.message.splitlines()[0]}" if job.message and job.status == "FAILED" else ""
         click.echo(f"{id} {job.status.lower()}, exit code {job.exit_code}{told}", err=True)
-    show(asdict(job), as_json, lambda: "") if as_json else None
+    if as_json:
+        show(asdict(job), True, str)
     click.get_current_context().exit(job.exit_code or 0)
 
 

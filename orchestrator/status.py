@@ -87,13 +87,15 @@ def watch(job: str, overrides: Sequence[str], tell: Callable[[dict[str, Any]], N
     last: dict[str, Any] | None = None
     while True:
         found = read(job, overrides)
-        quiet = found["running"] is not None and found["seconds_since_update"] > QUIET_S
+        quiet = found["seconds_since_update"] is None or found["seconds_since_update"] > QUIET_S
         now = {**found, "seconds_since_update": quiet}
         if now != last:
             tell(found)
             last = now
         if found["end"] is not None:
             return found["end"]["exit_code"]
+        if quiet and found["running"] is None:  # it has not begun, or was made by a version that kept no end
+            return 0
         time.sleep(WATCH_EVERY_S)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,4 +131,13 @@ def test_a_cluster_that_is_not_there_is_told_in_one_line(words, text, monkeypatc
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2, done.output
     assert text in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_node_without_the_dependencies_says_which_and_where():
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "orchestrator", "run", "job.yaml"], cwd=BUNDLED.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: the Python of this node, {sys.executable}, has no click: install")
     assert len(done.stderr.splitlines()) == 1
