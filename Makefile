@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not ray" --numprocesses auto --dist worksteal
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m "ray and not slow"     # the rest: pytest -m "ray and slow"
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m faults

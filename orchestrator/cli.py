@@ -21,14 +21,13 @@ from orchestrator.cli_convert import convert_ldm
 from orchestrator.cli_driver import check_capacity, driver
 from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_export import export
-from orchestrator.cli_options import device_here, json_option, set_option, show
+from orchestrator.cli_jobs import jobs_group, submit
+from orchestrator.cli_options import check_stages, device_here, json_option, run_options, set_option, show
 from orchestrator.cli_profile import profile
 from orchestrator.cli_results import results as results_command
 from orchestrator.cli_sweep import sweep
 from orchestrator.words import gigabytes, gmacs, hours
 from workers.contracts import METRICS, InputError, RunFailed, VerificationError
-
-STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
 
 EXIT_CODES = """
 \b
@@ -88,6 +87,8 @@ main.add_command(analyze)
 main.add_command(compare)
 main.add_command(results_command)
 main.add_command(export)
+main.add_command(submit)
+main.add_command(jobs_group)
 
 
 @main.command()
@@ -148,11 +149,7 @@ def _plan_text(found: dict[str, Any]) -> str:
 @main.command()
 @click.argument("job")
 @set_option
-@click.option("--only", type=click.Choice(STAGE_NAMES), help="Run one stage; those before it must be done.")
-@click.option("--until", type=click.Choice(STAGE_NAMES), help="Run the stages up to this one, and this one.")
-@click.option(
-    "--redo", type=click.Choice(STAGE_NAMES), multiple=True, help="Make a stage and all after it again; what was made is set aside."
-)
+@run_options
 @click.option("--inline", is_flag=True, help="Run everything in this process, one after the other, without Ray.")
 @json_option
 def run(
@@ -161,8 +158,7 @@ def run(
     """Run a job from similarity to registry. The same command again skips what is done and continues the rest."""
     from orchestrator.config import load_job
 
-    if only and until:
-        raise InputError(f"--only {only} and --until {until} exclude each other: give one")
+    check_stages(only, until)
 
     config = load_job(job, overrides)
     if not inline:
@@ -216,11 +212,14 @@ def _run_text(found: dict[str, Any]) -> str:
 @main.command()
 @click.argument("job")
 @set_option
+@click.option("--watch", is_flag=True, help="Until the run ends, and leave with its exit code. With --json one document per line.")
 @json_option
-def status(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Where a run stands: JOB is a job file or a run folder. Reads files only."""
+def status(job: str, overrides: tuple[str, ...], watch: bool, as_json: bool) -> None:
+    """Where a run stands: JOB is a job file or a run folder. Reads files only, so any machine that sees the storage will do."""
     from orchestrator import status as view
 
+    if watch:
+        click.get_current_context().exit(view.watch(job, overrides, view.teller(as_json)))
     found = view.read(job, overrides)
     show(found, as_json, lambda: view.text(found))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cli_options import device_here
+from workers.contracts import InputError
 
 
 @contextlib.contextmanager
@@ -20,16 +21,24 @@ def driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]
 
     from orchestrator import planning
     from orchestrator.progress import ProgressView
+    from orchestrator.tensorboard import EventFiles
 
+    _require_lasting({"storage.path": prepared.store.folder, "registry.path": Path(prepared.job.registry.path)})
     signal.signal(signal.SIGTERM, _as_interrupt)
     prepared.store.claim(planning.owner(prepared.job, prepared.pipeline.identity))
     clusters: list[Any] = []
     view = ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json", prepared.pipeline.fingerprints)
-    with prepared.store.lock(), view:
+    curves = EventFiles(prepared.store.folder / "tensorboard")
+
+    def on_progress(event: Any) -> None:
+        view.update(event)
+        curves.update(event)
+
+    with prepared.store.lock(), view, contextlib.closing(curves):
 
         def cluster() -> Any:
             if not clusters:
-                clusters.append(_cluster(prepared.job, view, inline, prepared.store.folder / "ray.log"))
+                clusters.append(_cluster(prepared.job, view, on_progress, inline, prepared.store.folder))
                 prepared.job.timing().check(clusters[-1].need.device)  # what auto has become
             return clusters[-1]
 
@@ -39,6 +48,16 @@ def driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]
             for used in clusters:
                 with contextlib.suppress(Exception):
                     used.close()
+
+
+def _require_lasting(folders: dict[str, Path]) -> None:
+    """Raises: InputError for a folder inside the copy of the code that Ray makes for a job, and deletes after it."""
+    for key, folder in folders.items():
+        if any(part.startswith("_ray_pkg_") for part in folder.parts):
+            raise InputError(
+                f"{key}: {folder} is inside this job's copy of the code, which Ray deletes: give an absolute path on storage that every "
+                f"node sees, --set {key}=/mnt/shared/{folder.name if key == 'registry.path' else 'runs'}"
+            )
 
 
 def _as_interrupt(*_: Any) -> None:
@@ -55,13 +74,13 @@ def check_capacity(job: Any) -> None:
         need.check([{"CPU": cpus_here(asked.local_cpus)}], "a Ray on this machine (RAY_ADDRESS is not set)")
 
 
-def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
+def _cluster(job: Any, view: Any, on_progress: Callable[[Any], None], inline: bool, folder: Path) -> Any:
     need = job.resources
     if inline:
         from orchestrator.cluster import InlineCluster, Need
 
         device = device_here(need.device, "resources.device")
-        return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), view.update)
+        return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), on_progress)
     check_capacity(job)
     from orchestrator.ray_cluster import RayCluster
 
@@ -76,6 +95,7 @@ def _cluster(job: Any, view: Any, inline: bool, log: Path) -> Any:
         timeout_s=need.timeout_s,
         hang_timeout_s=need.hang_timeout_s,
         max_failures=need.max_failures,
-        on_progress=view.update,
-        log=log,
+        on_progress=on_progress,
+        on_trainers=view.trainers,
+        folder=folder,
     )

@@ -14,6 +14,27 @@ from workers.contracts import InputError
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the job, e.g. --set budgets.0.ratio=0.4"
 )
+STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which of a job's stages: ``only``, ``until`` and ``redo``."""
+    stage = click.Choice(STAGE_NAMES)
+    for add in (
+        click.option("--redo", type=stage, multiple=True, help="Make a stage and all after it again; what was made is set aside."),
+        click.option("--until", type=stage, help="Run the stages up to this one, and this one."),
+        click.option("--only", type=stage, help="Run one stage; those before it must be done."),
+    ):
+        command = add(command)
+    return command
+
+
+def check_stages(only: str | None, until: str | None) -> None:
+    """Raises: InputError if both are given."""
+    if only and until:
+        raise InputError(f"--only {only} and --until {until} exclude each other: give one")
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

@@ -21,6 +21,21 @@ PATH_KEYS = (
     ("evaluate", "lpips"),
 )
 
+
+class Beside(str):
+    """A path that was ``written`` relative to its job file, or on the command line to the current folder, made absolute."""
+
+    written: str
+
+    @classmethod
+    def of(cls, folder: Path, path: str) -> str:
+        if Path(path).is_absolute():
+            return str(Path(path).resolve())
+        made = cls((folder / path).resolve())
+        made.written = path
+        return made
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -325,16 +340,20 @@ def _bundled_names() -> str:
 
 def load_job(job: str, overrides: Sequence[str] = ()) -> JobConfig:
     """Read, extend, override and check a job. Raises: InputError, one line that names the key."""
-    path = find_job(job)
-    values = _read_layers(path, ())
-    for override in overrides:
-        _apply(values, override)
     try:
-        config = JobConfig.model_validate(values)
+        config = JobConfig.model_validate(read_job(job, overrides))
     except ValidationError as error:
-        raise InputError(f"{path.name}: {_explain(error)}") from None
+        raise InputError(f"{find_job(job).name}: {_explain(error)}") from None
     _check_names(config)
     return config
+
+
+def read_job(job: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A job's keys as files and overrides say them, unchecked; paths that were relative are ``Beside``. Raises: InputError."""
+    values = _read_layers(find_job(job), ())
+    for override in overrides:
+        _apply(values, override)
+    return values
 
 
 def job_schema() -> dict[str, Any]:
@@ -361,8 +380,8 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         here = values.get(section)
         if not isinstance(here, dict) or not isinstance(here.get(key), str):
             continue
-        if here[key].startswith(("./", "../")) or (path.parent / _file(here[key])).exists():  # else perhaps a name on the Hub
-            here[key] = str((path.parent / here[key]).resolve())
+        if here[key].startswith(("./", "../")) or (path.parent / file_of(here[key])).exists():  # else perhaps a name on the Hub
+            here[key] = Beside.of(path.parent, here[key])
     base = values.pop("extends", None)
     if base is None:
         return values
@@ -374,7 +393,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read_layers(beside.resolve(), (*seen, path)), values)
 
 
-def _file(value: str) -> str:
+def file_of(value: str) -> str:
     """Without the prefix that may follow a file of statistics."""
     return value.partition(".npz:")[0] + ".npz" if ".npz:" in value else value
 
@@ -410,8 +429,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         here[int(last)] = value
     elif isinstance(here, dict):
         paths = {f"{section}.{name}" for section, name in PATH_KEYS}
-        if key.strip() in paths and isinstance(value, str) and Path(_file(value)).expanduser().exists():
-            value = str(Path(value).expanduser().resolve())
+        if key.strip() in paths and isinstance(value, str) and Path(file_of(value)).expanduser().exists():
+            value = Beside.of(Path.cwd(), str(Path(value).expanduser()))
         here[last] = value
     else:
         raise InputError(f"--set {key}: {'.'.join(parents)} has no part {last!r}")

@@ -1,9 +1,20 @@
-"""What a run shows while it works: one live table on a terminal, plain lines elsewhere, and progress.json for `diffpruning status`."""
+"""What a run shows while it works: one live table on a terminal, plain lines elsewhere, and progress.json for `diffpruning status`.
+
+progress.json   stage, units    what is at work: contracts.Progress
+                at              seconds since the epoch of the last word; a living run writes every few seconds
+                fingerprints    of the job's stages: which folders are this job's
+                trainers        what Ray Train says of the trainers, if it was asked
+                driver          host and process; the id that a cluster gave the job
+                end             null while the run goes on; then its exit code, the kind of its end, and its message
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -15,7 +26,7 @@ from rich.live import Live
 from rich.table import Table
 
 from orchestrator.store import write_json
-from workers.contracts import Progress
+from workers.contracts import BudgetUnreachable, InputError, Progress, VerificationError
 
 PLAIN_EVERY_S = 10.0
 BEAT_S = 5.0
@@ -31,12 +42,6 @@ def duration(seconds: float) -> str:
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def eta_s(event: Progress) -> float | None:
-    """Seconds until the unit is done, from the steps it has made in this attempt."""
-    made = event.step - event.first_step
-    return event.seconds / made * (event.steps - event.step) if made > 0 and event.step < event.steps else None
-
-
 def rate(images_per_s: float) -> str:
     """312, 4.7, 0.083."""
     return f"{images_per_s:.0f}" if images_per_s >= 10 else f"{images_per_s:.2g}"
@@ -44,7 +49,7 @@ def rate(images_per_s: float) -> str:
 
 def line(event: Progress) -> str:
     """``specialize t0250-0500  step 1200/20000  loss 0.0312  312 img/s  eta 41m``, or ``encode images 0-5000  320/5000  312 img/s``"""
-    eta, done = eta_s(event), f"{event.step}/{event.steps}"
+    eta, done = event.eta_s, f"{event.step}/{event.steps}"
     parts = [f"{event.stage} {event.unit}", done if event.stage == "encode" else f"step {done}"]
     parts += [f"loss {event.loss:.4f}"] if event.loss is not None else []
     parts += [f"{rate(event.images_per_s)} img/s"] if event.images_per_s else []
@@ -57,6 +62,29 @@ def _number(unit: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", unit)]
 
 
+def ending(error: BaseException | None) -> dict[str, Any]:
+    """How a run ended: its exit code, a word for it, and the message; ``error``: what ended it."""
+    kinds = (
+        (BudgetUnreachable, "budget unreachable"),
+        (VerificationError, "verification mismatch"),
+        (InputError, "refused"),
+        (KeyboardInterrupt, "interrupted"),
+    )
+    if error is None:
+        return {"exit_code": 0, "kind": "ok", "message": ""}
+    kind = next((word for type_, word in kinds if isinstance(error, type_)), "failed")
+    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    return {"exit_code": code, "kind": kind, "message": " ".join(str(error).split())}
+
+
+def submission_id() -> str | None:
+    """The id that the cluster gave the job that this process drives, if it was submitted to one."""
+    try:
+        return json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"]
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
 class ProgressView:
     """Use as a context manager. ``update`` may be called from any thread."""
 
@@ -66,6 +94,9 @@ class ProgressView:
         self._over, self._writing = threading.Event(), threading.Lock()
         self.stage: str | None = None
         self.units: dict[str, Progress] = {}
+        self._trainers: list[dict[str, Any]] = []
+        self._driver = {"host": socket.gethostname(), "pid": os.getpid(), "job": submission_id()}
+        self._end: dict[str, Any] | None = None
         self._told: dict[str, float] = {}
         self._written = 0.0
         self._lock = threading.Lock()
@@ -79,11 +110,11 @@ class ProgressView:
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if self._live:
             self._live.stop()
         self._over.set()
-        self.stage = None
+        self.stage, self._end = None, ending(error)
         self._write(force=True)
 
     def _beat(self) -> None:
@@ -100,6 +131,10 @@ class ProgressView:
             self._told.clear()
         self.say(f"{name:<11}{state}" + (f" ({duration(seconds)})" if seconds else ""))
         self._write(force=True)
+
+    def trainers(self, found: list[dict[str, Any]]) -> None:
+        """What Ray Train says of its runs."""
+        self._trainers = found
 
     def update(self, event: Progress) -> None:
         with self._lock:
@@ -124,7 +159,8 @@ class ProgressView:
         self._written = time.monotonic()
         with self._lock:
             units = [event.to_json() for event in self.units.values()]
-            value = {"stage": self.stage, "units": units, "at": time.time(), "fingerprints": self.fingerprints}
+            value: dict[str, Any] = {"stage": self.stage, "units": units, "at": time.time(), "fingerprints": self.fingerprints}
+            value |= {"trainers": self._trainers, "driver": self._driver, "end": self._end}
         with self._writing, contextlib.suppress(OSError):  # a full disk is told by whoever needs it; progress is not worth a crash
             write_json(self.file, value)
 
@@ -135,7 +171,7 @@ class ProgressView:
         with self._lock:
             events = sorted(self.units.values(), key=lambda e: _number(e.unit))
         for event in events:
-            eta = eta_s(event)
+            eta = event.eta_s
             table.add_row(
                 event.stage,
                 event.unit,

@@ -8,12 +8,14 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,13 +34,18 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster import Need, Task, TrialLog, cpus_here, raise_failures, task_name
+from orchestrator.ray_jobs import TrainState
 from orchestrator.scheduling import Call
 from workers import session
 from workers.contracts import ExpertCheckpoint, InputError, Progress, RunFailed
+from workers.nodes import this_node
 from workers.trials import SearchTrial
 
 ATTEMPTS = 2
 """Tries of one trainer: FailureConfig covers its workers, not the death of its controller."""
+TRAINERS_EVERY_S = 5.0
+STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+NODES_TIMEOUT_S = 120.0
 
 TUNE = "tune"
 """Folder of Tune's own records within a search's, while it runs."""
@@ -61,10 +68,12 @@ class RayCluster:
         hang_timeout_s: float,
         max_failures: int,
         on_progress: Callable[[Progress], None],
-        log: Path,
+        on_trainers: Callable[[list[dict[str, Any]]], None],
+        folder: Path,
     ):
-        """Raises: InputError if no node could ever hold one worker."""
-        self._log = log.open("a")
+        """``folder``: the run's. Raises: InputError if no node could ever hold one worker, or one does not see the folder."""
+        self._log = (folder / "ray.log").open("a")
+        self._marker: Path | None = None
         self.max_failures, self.autoscale_to, self.hang_timeout_s = max_failures, autoscale_to or 0, hang_timeout_s
         self.calls: list[Call] = []
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
@@ -83,7 +92,8 @@ class RayCluster:
             self.need = Need(device, cpus, gpus if device == "cuda" else 0, workers_per_expert, custom)
             if self.autoscale_to < workers_per_expert:
                 self.need.check([node["Resources"] for node in ray.nodes() if node["Alive"]], "this cluster")
-            self._watch(on_progress)
+            self._mark(folder)
+            self._watch(on_progress, on_trainers, folder.name)
         except BaseException:
             self._disconnect()
             raise
@@ -94,34 +104,62 @@ class RayCluster:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address := os.environ.get("RAY_ADDRESS"):
             _require_reachable(address)
+            os.environ.setdefault(STATE_TRACKING, "1")  # one actor of 0.4 GB for the whole cluster; too much for a laptop
             try:
-                ray.init(**options)
-            except (ConnectionError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"RAY_ADDRESS {address}: {reason}; a cluster that asks for a token needs RAY_AUTH_MODE=token") from error
+                self._dashboard = ray.init(**options).dashboard_url
+            except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+                raise InputError(f"RAY_ADDRESS {address}: {_refusal(str(error))}") from error
             return
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only, and ends with this process
         # The dashboard is needed even when nobody looks: the trainers' clean-up asks its State API.
         try:
-            ray.init(
+            self._dashboard = ray.init(
                 address="local",
                 num_cpus=cpus_here(local_cpus),
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 object_store_memory=256 * 2**20,
                 **options,
-            )
+            ).dashboard_url
         except Exception as error:  # Ray has no type of its own for it
             raise RunFailed(
                 f"no Ray could be started on this machine: {' '.join(str(error).split())[:200]} "
                 "Is it very busy? The same command again tries anew, and RAY_ADDRESS names a cluster to use instead"
             ) from error
 
-    def _watch(self, on_progress: Callable[[Progress], None]) -> None:
+    def _mark(self, folder: Path) -> None:
+        """On a cluster: every node must see the run folder, by a file just made there, and run the code of this process.
+
+        The file stays while we work, for nodes that come later. Raises: InputError that names the nodes."""
+        for left in folder.glob(".storage-marker-*"):  # the folder is locked: whoever made it is gone
+            left.unlink(missing_ok=True)
+        if not os.environ.get("RAY_ADDRESS"):
+            return
+        self._marker = folder / f".storage-marker-{uuid.uuid4().hex}"
+        self._marker.touch()
+        _check_nodes(self._marker)
+
+    @property
+    def _seen(self) -> str:
+        """What a worker must see before it works; nothing on this machine's own Ray."""
+        return str(self._marker or "")
+
+    def _watch(self, on_progress: Callable[[Progress], None], on_trainers: Callable[[list[dict[str, Any]]], None], run: str) -> None:
         actor = ray.remote(num_cpus=0)(session.ProgressMailbox)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # other nodes may be lost
-        self._mailbox = actor.options(name=session.PROGRESS_ACTOR, get_if_exists=True, lifetime=None, scheduling_strategy=here).remote()
+        self._mailbox = actor.options(
+            name=session.PROGRESS_ACTOR, get_if_exists=True, lifetime=None, enable_task_events=False, scheduling_strategy=here
+        ).remote(run)
         self._stop = threading.Event()
+        tracked = os.environ.get(STATE_TRACKING) == "1"
+        state = TrainState(self._dashboard if tracked else None, ray.get_runtime_context().get_job_id())
+
+        def watch_trainers() -> None:
+            while not self._stop.wait(TRAINERS_EVERY_S):
+                if (found := state.read()) is not None:
+                    on_trainers(found)
+
+        threading.Thread(target=watch_trainers, daemon=True).start()
 
         def poll() -> None:
             while not self._stop.wait(0.5):
@@ -148,7 +186,8 @@ class RayCluster:
         remote = ray.remote(
             num_cpus=self.need.cpus, num_gpus=self.need.gpus, resources=dict(self.need.custom), max_retries=self.max_failures
         )(session.run_task)
-        running = [remote.remote(task, self.need.device, item) for item in items]
+        named = remote.options(name=task_name(task))
+        running = [named.remote(task, self.need.device, item, self._seen) for item in items]
         try:
             made = ray.get(running)
         except ray.exceptions.RayError as error:
@@ -190,7 +229,8 @@ class RayCluster:
     def _fit(self, task: Task, name: str, item: Any, storage: Path) -> ExpertCheckpoint:
         """One TorchTrainer. Ray starts its workers again when one is lost; they go on from the checkpoints of the same name."""
         need = self.need
-        config = {"task": task, "item": item, "device": need.device, "folder": str(storage / name), "hang_timeout_s": self.hang_timeout_s}
+        config = {"task": task, "item": item, "device": need.device, "folder": str(storage / name)}
+        config |= {"hang_timeout_s": self.hang_timeout_s, "marker": self._seen}
         for attempt in range(ATTEMPTS):
             trainer = TorchTrainer(
                 session.run_train_worker,
@@ -235,6 +275,9 @@ class RayCluster:
                 )
             found = log.read(items)
         self.calls.append(Call.of(task_name(task), slots, time.time() - started, [found[key].seconds for key in missing]))
+        for plan in (trial.plan for trial in found.values()):  # those of trials that ended before a restart too
+            if plan is not None:
+                self._mailbox.planned.remote(plan.to_json())
         return {key: found[key] for key in items}
 
     def _tune(
@@ -245,7 +288,9 @@ class RayCluster:
         Tune's own records are not kept: they hold pickles, and a kill while one is written leaves a search that cannot be restored.
         """
         trainable = tune.with_resources(
-            tune.with_parameters(session.run_trial, task=task, items={key: items[key] for key in missing}, device=self.need.device),
+            tune.with_parameters(
+                session.run_trial, task=task, items={key: items[key] for key in missing}, device=self.need.device, marker=self._seen
+            ),
             self.need.resources(),
         )
         try:
@@ -273,6 +318,8 @@ class RayCluster:
         self._disconnect()
 
     def _disconnect(self) -> None:
+        if self._marker is not None:
+            self._marker.unlink(missing_ok=True)
         if self._own:
             with self._quiet():
                 ray.shutdown()
@@ -300,6 +347,54 @@ class _Recorder(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._log.write(trial.last_result["trial"], SearchTrial.from_json(json.loads(trial.last_result["outcome"])))
+
+
+def _refusal(text: str) -> str:
+    """Why a cluster does not take us, and what to do, in one line."""
+    told = re.findall(r"(Ray|Python): (\S+)", text)
+    if "ersion mismatch" in text and len(told) >= 4:
+        cluster, here = ("Ray {} on Python {}".format(*(dict(pair)[key] for key in ("Ray", "Python"))) for pair in (told[:2], told[2:4]))
+        return (
+            f"the cluster runs {cluster}, this command {here}: use the cluster's versions, or `diffpruning submit`, which uses its Python"
+        )
+    reason = " ".join(text.split())[:200]
+    return f"{reason}; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token"
+
+
+def _check_nodes(marker: Path) -> None:
+    """Raises: InputError that names the nodes that do not see the file, or run other code than this process."""
+    remote = ray.remote(num_cpus=0, max_retries=0)(this_node)
+    asked = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            asked[remote.options(name="check node", scheduling_strategy=where).remote(str(marker))] = name
+    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_TIMEOUT_S)
+    blind, other, broken = [], [], [f"{asked[ref]}: no answer for {NODES_TIMEOUT_S:g} s" for ref in silent]
+    mine = this_node(str(marker))
+    for ref in ready:
+        try:
+            found = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            broken.append(f"{asked[ref]}: {' '.join(str(error.cause or error).split())[-200:]}")
+            continue
+        except ray.exceptions.RayError:  # it has just gone
+            continue
+        blind += [asked[ref]] * (not found.sees)
+        told = [f"{name} {found.versions.get(name, 'none')} instead of {wanted}" for name, wanted in mine.versions.items()]
+        odd = [text for text, name in zip(told, mine.versions, strict=True) if found.versions.get(name) != mine.versions[name]]
+        odd += ["another version of diffpruning"] * (found.code != mine.code)
+        other += [f"{asked[ref]} has {', '.join(odd)}"] * bool(odd)
+    if blind:
+        raise InputError(
+            f"storage.path: {marker.parent} is not seen by {', '.join(blind)}: every node must mount the shared storage at this path"
+        )
+    if other or broken:
+        raise InputError(
+            f"the cluster's nodes are not alike: {'; '.join(other + broken)}: install the same versions (constraints.txt) on every node, "
+            "or let the code travel with `diffpruning submit`"
+        )
 
 
 class _HalvingPerProblem(FIFOScheduler):

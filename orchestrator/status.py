@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from orchestrator.store import read_json
 from orchestrator.words import gmacs, measured_under, of_dense, predicted_ms, sig, timing
 from workers.contracts import InputError, MixtureManifest, Progress
 from workers.protocol import common_protocol
+
+QUIET_S = 30.0
+"""A living run writes more often."""
+WATCH_EVERY_S = 1.0
 
 
 def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -38,23 +44,69 @@ def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
         "running": progress.get("stage"),
         "units": progress.get("units", []) if progress.get("stage") else [],
         "seconds_since_update": round(time.time() - progress["at"], 1) if progress else None,
+        "trainers": progress.get("trainers", []) if progress.get("stage") else [],
+        "driver": progress.get("driver"),
+        "end": progress.get("end"),
         "report": str(folder / "report.html") if (folder / "report.html").exists() else None,
     }
 
 
 def text(found: dict[str, Any]) -> str:
-    lines = [f"run {found['job']}, {found['run_folder']}"]
+    driver = found["driver"] or {}
+    lines = [f"run {found['job']}, {found['run_folder']}" + (f", job {driver['job']}" if driver.get("job") else "")]
     lines += [f"  {r['stage']:<12}done in {duration(r['seconds'])}" for r in found["done"]]
     if found["running"]:
-        quiet = found["seconds_since_update"] > 30
+        quiet = found["seconds_since_update"] > QUIET_S
         lines.append(
             f"  {found['running']:<12}"
             + (f"stopped? no word for {duration(found['seconds_since_update'])}; the same run command continues it" if quiet else "running")
         )
         lines += [f"    {line(Progress.from_json(unit))}" for unit in found["units"]]
+        lines += [f"    {_trainer(trainer)}" for trainer in found["trainers"] if trainer["status"] != "FINISHED"]
+    elif found["end"] and found["end"]["exit_code"]:
+        lines.append(f"  {found['end']['kind']:<12}exit code {found['end']['exit_code']}: {found['end']['message']}".rstrip(": "))
     if found["report"]:
         lines.append(f"  report      {found['report']}")
     return "\n".join(lines)
+
+
+def _trainer(found: dict[str, Any]) -> str:
+    """``trainer specialize-t0000-0500-1a2b3c4d  running, attempt 2, on 10.0.0.5 pid 1234 GPU 0, log FILE``"""
+    parts = [f"trainer {found['name']}  {found['status'].lower()}"]
+    parts += [f"attempt {found['attempts']}"] if found["attempts"] > 1 else []
+    for worker in found["workers"]:
+        gpus = f" GPU {', '.join(map(str, worker['gpu_ids']))}" if worker["gpu_ids"] else ""
+        parts.append(
+            f"on {worker['node_ip']} pid {worker['pid']}{gpus}" + (f", log {worker['log_file_path']}" if worker["log_file_path"] else "")
+        )
+    return ", ".join(parts + ([found["detail"]] if found["detail"] else []))
+
+
+def watch(job: str, overrides: Sequence[str], tell: Callable[[dict[str, Any]], None]) -> int:
+    """``tell`` what has changed, until the run ends; returns its exit code. A run that is killed may be continued, so it is waited for."""
+    last: dict[str, Any] | None = None
+    while True:
+        found = read(job, overrides)
+        quiet = found["seconds_since_update"] is None or found["seconds_since_update"] > QUIET_S
+        now = {**found, "seconds_since_update": quiet}
+        if now != last:
+            tell(found)
+            last = now
+        if found["end"] is not None:
+            return found["end"]["exit_code"]
+        if quiet and found["running"] is None:  # it has not begun, or was made by a version that kept no end
+            return 0
+        time.sleep(WATCH_EVERY_S)
+
+
+def teller(as_json: bool) -> Callable[[dict[str, Any]], None]:
+    """Prints what `watch` finds: JSON lines, or text that takes the place of the last one on a terminal."""
+
+    def tell(found: dict[str, Any]) -> None:
+        clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() and not as_json else ""
+        print(json.dumps(found) if as_json else clear + text(found), flush=True)
+
+    return tell
 
 
 def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:

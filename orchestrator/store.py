@@ -6,6 +6,8 @@
                      <stage>-<fingerprint>/       one stage under one set of settings; done.json is written last
                      train/<stage>-<unit>-<fp>/   checkpoints of the trainers
                      evaluation/                  what was measured, a file per row of the table
+                     tensorboard/                 curves of every expert, a folder each
+                     progress.json                what is at work now, or how it ended
                      report.html, figures/        written by publish
 Folders carry their fingerprint, so settings may change and change back: nothing is overwritten and nothing is deleted.
 """

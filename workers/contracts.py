@@ -248,7 +248,7 @@ class SimilarityTask(Record):
     measure: str
     model: str
     images: str
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = field(repr=False)
     """Which images of the cache to use, in order; minibatch b is rows[b * batch_size : (b + 1) * batch_size]."""
     timesteps: tuple[int, ...]
     batch_size: int
@@ -331,7 +331,7 @@ class ExpertTask(Record):
     stage: str
     model: str
     images: str
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = field(repr=False)  # Ray Train shows its dashboard what a trainer was told, a million numbers and all
     interval: Interval
     elastic: ElasticSettings
     train: TrainSettings
@@ -373,7 +373,7 @@ class RouteTask(Record):
 
     model: str
     images: str
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = field(repr=False)
     partition: Partition
     elastic: ElasticSettings
     experts: tuple[ExpertCheckpoint, ...]
@@ -429,7 +429,7 @@ class EvaluateTask(Record):
     denoiser: DenoiserRef
     model: str
     images: str
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = field(repr=False)
     noise_seeds: tuple[int, ...]
     """One seed per generated sample, so that neither batch size nor sharding changes a sample."""
     partition: Partition
@@ -499,3 +499,9 @@ class Progress(Record):
     first_step: int = 0
     """Where this attempt started, so that an estimate of the rest counts only what it did itself."""
     note: str = ""
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the unit is done, from the steps it has made in this attempt."""
+        made = self.step - self.first_step
+        return self.seconds / made * (self.steps - self.step) if made > 0 and self.step < self.steps else None

@@ -1,4 +1,4 @@
-"""The Ray seam on the worker's side: device, rank, resume, report. A task is ``task(session, item)`` and never sees Ray itself."""
+"""The Ray seam on the worker's side: device, rank, resume, report, gauges. A task is ``task(session, item)`` and never sees Ray itself."""
 
 from __future__ import annotations
 
@@ -7,16 +7,33 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from workers.contracts import InputError, Progress, RunFailed
+from workers.contracts import InputError, MixturePlan, Progress, RunFailed
+from workers.nodes import require_storage
 from workers.trials import SearchTrial
 from workers.watchdog import Watchdog
 
 PROGRESS_ACTOR = "diffpruning-progress"
+UNIT_GAUGES = {
+    "loss": "Training loss, mean over the sub-networks of a step",
+    "images_per_s": "Images per second, over all workers of the unit",
+    "step": "Steps made",
+    "steps": "Steps in all",
+    "eta_s": "Seconds until the unit is done",
+}
+"""Per run, stage and unit (an expert, or a part of a stage's work). In Ray's metrics: ray_diffpruning_NAME."""
+PLAN_GAUGES = {
+    "budget_ratio": "The budget, as a part of the dense model's cost",
+    "cost_ratio": "Cost of the plan found for the budget, as a part of the dense model's",
+    "budget_reached": "1 once a plan within the budget is found",
+}
+"""Per run, budget, sampler and agent."""
+REFRESH_S = 5.0
+"""Ray forgets a gauge that is not set anew between two exports, which are 10 s apart."""
 
 
 @dataclass
@@ -76,7 +93,12 @@ class RayTaskSession(Session):
     """Inside a Ray task: progress goes straight to the driver's progress actor."""
 
     def __init__(self, device: str, folder: str = "", rank: int = 0, world_size: int = 1):
-        super().__init__(folder=folder, device=device, rank=rank, world_size=world_size, on_progress=_to_actor())
+        self.mailbox = _mailbox()
+        super().__init__(folder=folder, device=device, rank=rank, world_size=world_size, on_progress=self._send)
+
+    def _send(self, event: Progress) -> None:
+        if self.mailbox is not None:
+            self.mailbox.update.remote(event.to_json())
 
 
 class RayTrialSession(RayTaskSession):
@@ -89,6 +111,8 @@ class RayTrialSession(RayTaskSession):
     def report_search(self, trial: SearchTrial) -> None:
         from ray import tune
 
+        if trial.plan is not None and self.mailbox is not None:
+            self.mailbox.planned.remote(trial.plan.to_json())
         # the scheduler ends a trial at 100, which is to be the report that holds the plan
         percent = 100 if trial.plan else min(99, int(100 * trial.progress))
         outcome = json.dumps(trial.to_json())
@@ -117,27 +141,67 @@ class RayTrainSession(RayTaskSession):
 
 
 class ProgressMailbox:
-    """Named actor: workers put in, the driver takes out."""
+    """Named actor: workers put in, the driver takes out. What passes through becomes gauges among Ray's metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self.run = run
         self.events: list[dict[str, Any]] = []
+        of_unit, of_plan = ("run", "stage", "unit"), ("run", "budget", "sampler", "agent")
+        self.gauges = {name: Gauge(f"diffpruning_{name}", text, of_unit) for name, text in UNIT_GAUGES.items()}
+        self.gauges |= {name: Gauge(f"diffpruning_{name}", text, of_plan) for name, text in PLAN_GAUGES.items()}
+        self.shown: dict[tuple[str, ...], tuple[dict[str, float], dict[str, str]]] = {}
+        self.refreshed = 0.0
+
+    def __repr__(self) -> str:
+        """What the dashboard calls this actor."""
+        return f"progress of {self.run}"
 
     def update(self, event: dict[str, Any]) -> None:
         self.events.append(event)
+        told = Progress.from_json(event)
+        left = 0.0 if told.step == told.steps else told.eta_s
+        values = {"loss": told.loss, "images_per_s": told.images_per_s, "step": told.step, "steps": told.steps, "eta_s": left}
+        for key in [key for key, (_, tags) in self.shown.items() if tags.get("stage", told.stage) != told.stage]:
+            del self.shown[key]
+        self._show(values, {"stage": told.stage, "unit": told.unit})
+
+    def planned(self, found: dict[str, Any]) -> None:
+        """A search has ended with this plan."""
+        plan = MixturePlan.from_json(found)
+        budget = plan.budget
+        values = {
+            "budget_ratio": budget.ratio,
+            "cost_ratio": plan.cost_ratio,
+            "budget_reached": int(plan.cost_ratio <= budget.ratio + 1e-9),
+        }
+        self._show(values, {"budget": budget.name, "sampler": f"{budget.scheduler}:{budget.steps}", "agent": plan.agent})
+
+    def _show(self, values: Mapping[str, float | None], tags: dict[str, str]) -> None:
+        told = {name: float(value) for name, value in values.items() if value is not None}
+        self.shown[tuple(tags.values())] = (told, {"run": self.run, **tags})
+        for name, value in told.items():
+            self.gauges[name].set(value, {"run": self.run, **tags})
 
     def drain(self) -> list[dict[str, Any]]:
+        if time.monotonic() - self.refreshed > REFRESH_S:
+            self.refreshed = time.monotonic()
+            for values, tags in self.shown.values():
+                for name, value in values.items():
+                    self.gauges[name].set(value, tags)
         events, self.events = self.events, []
         return events
 
 
-def _to_actor() -> Callable[[Progress], None]:
+def _mailbox() -> Any:
+    """The driver's progress actor, or None if nobody watches."""
     import ray
 
     try:
-        actor = ray.get_actor(PROGRESS_ACTOR, namespace=ray.get_runtime_context().namespace)
-    except ValueError:  # nobody watches
-        return lambda event: None
-    return lambda event: actor.update.remote(event.to_json())
+        return ray.get_actor(PROGRESS_ACTOR, namespace=ray.get_runtime_context().namespace)
+    except ValueError:
+        return None
 
 
 def run_train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +212,7 @@ def run_train_worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     context, item = ray.train.get_context(), config["item"]
+    require_storage(config["marker"])
     _threads()
     world_size, folder = context.get_world_size(), Path(config["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,8 +249,9 @@ def raised(found: dict[str, Any]) -> Exception:
     return kinds.get(found["kind"], InputError)(*found["arguments"])
 
 
-def run_task(task: Callable[[Session, Any], Any], device: str, item: Any) -> tuple[Any, float]:
+def run_task(task: Callable[[Session, Any], Any], device: str, item: Any, marker: str = "") -> tuple[Any, float]:
     """The body of every Ray task: its result, and the seconds that it took."""
+    require_storage(marker)
     _threads()
     started = time.time()
     return task(RayTaskSession(device), item), time.time() - started
@@ -198,8 +264,9 @@ def _threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 
 
-def run_trial(config: dict[str, Any], task: Callable[[Session, Any], Any], items: dict[str, Any], device: str) -> None:
+def run_trial(config: dict[str, Any], task: Callable[[Session, Any], Any], items: dict[str, Any], device: str, marker: str = "") -> None:
     """The trainable of the plan search: one trial is one combination of axes (budget, agent, seed), whose name is ``config["trial"]``."""
+    require_storage(marker)
     _threads()
     key = config["trial"]
     session = RayTrialSession(device, key)

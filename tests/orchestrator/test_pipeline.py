@@ -401,7 +401,7 @@ def test_under_what_time_is_measured_counts_where_it_is_the_budget():
 
 
 def test_the_names_of_the_command_are_those_of_the_stages():
-    from orchestrator.cli import STAGE_NAMES
+    from orchestrator.cli_options import STAGE_NAMES
     from orchestrator.stages import STAGES
 
     assert tuple(stage.name for stage in STAGES) == STAGE_NAMES == ALL

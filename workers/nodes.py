@@ -1,0 +1,67 @@
+"""May this node work for this run: does it see the run folder, and does it run the same code? Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from workers.contracts import RunFailed
+from workers.records import Record
+
+SAME_EVERYWHERE = ("torch", "diffusers")
+"""Packages whose versions decide what comes out."""
+PATIENCE_S = 5.0
+"""Network file systems may show a new file a little late."""
+
+
+@dataclass(frozen=True)
+class Node(Record):
+    """What a node says of itself when the driver asks."""
+
+    sees: bool
+    """It sees the driver's marker file."""
+    code: str
+    """sha256 over the sources of this package."""
+    versions: dict[str, str]
+
+
+def this_node(marker: str) -> Node:
+    return Node(_sees(marker), code_digest(), versions())
+
+
+def code_digest() -> str:
+    """sha256 over the sources of this package: two nodes with the same digest run the same code."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Without what only says how a package was built (+cpu, +cu128)."""
+    found = {}
+    for name in SAME_EVERYWHERE:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name).partition("+")[0]
+    return found
+
+
+def require_storage(marker: str) -> None:
+    """For nodes that came after the driver had asked. Raises: RunFailed on a node that does not see the driver's marker file."""
+    if marker and not _sees(marker):
+        raise RunFailed(f"node {socket.gethostname()} does not see the run folder {Path(marker).parent}: mount the shared storage there")
+
+
+def _sees(marker: str) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while not os.path.exists(marker):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
