@@ -59,29 +59,37 @@ class Probe:
         return [served.index(k) if k in served else None for k in range(len(self.partition))]
 
     def draw_dense(self) -> dict[str, np.ndarray]:
-        """The dense model's states where expert k takes over, ``state k``, and the features of its samples, ``features i`` [n, d]."""
+        """Dense's ``samples``, their features, ``features i`` [n, d], and its states where expert k takes over, ``state k``."""
         found: dict[str, list[Tensor]] = {}
         for rows in self._chunks():
             for step, x in enumerate(self._follow(self.noise[rows], rows, {})):
                 for k, entry in enumerate(self.entries()):
                     if entry == step:
                         found.setdefault(f"state {k}", []).append(x)
+            found.setdefault("samples", []).append(x)
             for i, level in enumerate(self._view(x, rows)):
                 found.setdefault(f"features {i}", []).append(level)
         return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
     def distance(self, expert: int, network: nn.Module, dense: Mapping[str, np.ndarray]) -> float | None:
         """How far the samples move if ``network`` serves the expert's interval (`moved`); None if no step falls into it."""
-        entry, levels = self.entries()[expert], [name for name in dense if name.startswith("features")]
-        if entry is None:
+        samples = self.draw(expert, network, dense)
+        if samples is None:
             return None
-        found: list[list[Tensor]] = []
+        views = zip(*(self._view(samples[rows], rows) for rows in self._chunks()), strict=True)
+        mine = [torch.cat(parts).cpu().numpy() for parts in views]
+        return moved(mine, [dense[name] for name in dense if name.startswith("features")])
+
+    def draw(self, expert: int, network: nn.Module, dense: Mapping[str, np.ndarray]) -> Tensor | None:
+        """The samples [n, C, H, W] if ``network`` serves the expert's interval; None if no step falls into it."""
+        if (entry := self.entries()[expert]) is None:
+            return None
+        found = []
         for rows in self._chunks():
             start = torch.from_numpy(dense[f"state {expert}"][rows]).to(self.noise.device)
             *_, samples = self._follow(start, rows, {expert: network}, entry)
-            found.append(self._view(samples, rows))
-        mine = [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
-        return moved(mine, [dense[name] for name in levels])
+            found.append(samples)
+        return torch.cat(found)
 
     @torch.no_grad()
     def _follow(self, x: Tensor, rows: slice, networks: Mapping[int, nn.Module], first: int = 0) -> Iterator[Tensor]:
