@@ -3,8 +3,8 @@
     python tests/bench_influence.py MODEL IMAGES [--weights RESNET56] [--cuts 150,350,650] [--samples 192] [--device cuda]
 
 MODEL: a DDPM pipeline folder; IMAGES: as data.path. Prints per interval the squared error of the sub-network's output against dense's, how
-far the samples move from dense's of the same noise, and the ratio of the two per timestep, relative to the cleanest interval, plain and as a
-part of dense's error. Distances: Frechet in dense's own features and, with weights, in those of a ResNet-56, as parts of the variance.
+far the samples move from dense's of the same noise, and the ratio of the two per timestep, relative to the cleanest interval, plain and as
+a part of dense's error. Distances: Frechet in dense's own features and, with weights, in those of a ResNet-56, as parts of the variance.
 """
 
 from __future__ import annotations
@@ -62,10 +62,7 @@ def main() -> None:
     )
     drawn = probe.draw_dense()
     resnet = extractors.load(ExtractorRef("resnet56", options.weights), options.device) if options.weights else None
-    print(
-        f"{'interval':<12}{'error':>10}{'of dense':>10}{'moved':>10}{'plain':>9}{'relative':>10}"
-        + "   the same in ResNet-56" * bool(resnet)
-    )
+    print(f"{'interval':<12}{'error':>10}{'of dense':>10}{'moved':>10}{'plain':>9}{'relative':>10}" + "   in ResNet-56" * bool(resnet))
     first: list[tuple[float, float]] = []
     for k, interval in enumerate(partition.intervals):
         model = families.load_denoiser(options.model).to(options.device)
