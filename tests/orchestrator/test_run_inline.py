@@ -150,7 +150,7 @@ def test_the_report_is_there_and_stands_alone(run):
 
 def test_the_version_is_verified_and_within_its_budget(run):
     version = Registry(run.registry).resolve("small@latest")
-    assert Registry(run.registry).verify(version) == 3
+    assert Registry(run.registry).verify(version) == 6  # config, two experts, their index, scheduler, golden samples
     plan = version.manifest().plan
     spent = sum(share * cost.macs for share, cost in zip(plan.shares, plan.expert_costs, strict=True))
     assert 0 < spent <= 0.5 * plan.dense_cost.macs
@@ -176,8 +176,12 @@ def test_the_claimed_cost_is_the_cost_of_the_published_weights(run):
     from safetensors import safe_open
 
     plan = run.manifest["plan"]
-    with safe_open(run.registry / "small" / "1" / "diffusion_pytorch_model.safetensors", framework="numpy") as file:
-        sizes = {name: file.get_tensor(name).size for name in file.keys()}  # noqa: SIM118
+    sizes = {}
+    for k in range(2):
+        shard = run.registry / "small" / "1" / f"diffusion_pytorch_model-{k + 1:05d}-of-00002.safetensors"
+        with safe_open(shard, framework="numpy") as file:
+            assert {name.split(".")[1] for name in file.keys()} == {str(k)}  # noqa: SIM118
+            sizes |= {name: file.get_tensor(name).size for name in file.keys()}  # noqa: SIM118
     for k, cost in enumerate(plan["expert_costs"]):
         assert sum(size for name, size in sizes.items() if name.startswith(f"experts.{k}.")) == cost["params"]
     assert sum(sizes.values()) == sum(cost["params"] for cost in plan["expert_costs"])
@@ -232,8 +236,9 @@ def test_list_show_and_verify_agree_with_the_manifest(run):
     assert [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("t0")] == [
         f"t{i['start']:04d}-{i['stop']:04d}" for i in manifest["plan"]["partition"]["intervals"]
     ]
-    verified = json.loads(diffpruning("registry", "verify", "--json", "--registry", run.registry).stdout)
-    assert verified == [{"version": "small:1", "ok": True, "files": len(manifest["files"])}]
+    [verified] = json.loads(diffpruning("registry", "verify", "--json", "--registry", run.registry).stdout)
+    assert 0 <= verified.pop("difference") < 0.02
+    assert verified == {"version": "small:1", "ok": True, "files": len(manifest["files"]), "samples": 4}
 
 
 def test_status_shows_six_done_stages_and_the_report(run):
