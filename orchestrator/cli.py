@@ -20,7 +20,7 @@ from orchestrator.cli_compare import analyze, compare
 from orchestrator.cli_convert import convert_ldm
 from orchestrator.cli_driver import driver
 from orchestrator.cli_evaluate import evaluate
-from orchestrator.cli_options import device_here, json_option, set_option, show
+from orchestrator.cli_options import device_here, json_option, printable, set_option, show
 from orchestrator.cli_profile import profile
 from orchestrator.cli_registry import registry as registry_commands
 from orchestrator.cli_registry import registry_option
@@ -50,7 +50,7 @@ class Command(click.Group):
         try:
             return super().invoke(ctx)
         except (InputError, RunFailed) as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted: the same command continues where this one stopped", err=True)

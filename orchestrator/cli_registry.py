@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli_options import device_here, json_option, show
+from orchestrator.cli_options import device_here, json_option, printable, show
 from workers.contracts import GOLDEN, InputError, VerificationError
 
 if TYPE_CHECKING:
@@ -351,7 +351,7 @@ def _open(uri: str) -> Registry:
 
 def _show(value: Any, as_json: bool, text: Callable[[], str]) -> None:
     """As `show`; what a manifest's author wrote cannot steer the terminal."""
-    show(value, as_json, lambda: "".join(c if c == "\n" or c.isprintable() else "?" for c in text()))
+    show(value, as_json, lambda: printable(text()))
 
 
 def _split(model: str) -> tuple[str, str]:

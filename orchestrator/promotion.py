@@ -62,7 +62,7 @@ def rollback(registry: Registry, name: str, alias: str) -> AliasEvent:
 
     Raises: InputError if it names nothing; Conflict if it was moved while we looked.
     """
-    events = aliases.history(registry.files, name, aliases.checked(alias))
+    events = aliases.history(registry.files, registry.checked(name), aliases.checked(alias))
     standing = aliases.standing(events)
     if not standing:
         moved = aliases.current(registry.files, name)

@@ -111,7 +111,7 @@ class Registry:
         Doing it again is safe: an intact version with the same fingerprint, budget and files is returned instead of a second one.
         Raises: InputError for an illegal name, an empty folder, or a file that a version cannot hold.
         """
-        self._checked(name)
+        self.checked(name)
         paths = files_below(folder, follow_links=True) if folder.is_dir() else []
         if not paths:
             raise InputError(f"nothing to publish as {name}: {folder} holds no files")
@@ -186,7 +186,7 @@ class Registry:
     def aliases_of(self, name: str) -> dict[int, list[str]]:
         """Number of a version -> the aliases that name it now. Raises: VerificationError if an alias cannot be read."""
         found: dict[int, list[str]] = {}
-        for alias, number in aliases.current(self.files, self._checked(name)).items():
+        for alias, number in aliases.current(self.files, self.checked(name)).items():
             found.setdefault(number, []).append(alias)
         return found
 
@@ -214,14 +214,15 @@ class Registry:
                 continue  # A damaged version cannot stand in for a good one.
         return None
 
-    def _checked(self, name: str) -> str:
+    def checked(self, name: str) -> str:
+        """Raises: InputError for a name that no mixture can have."""
         if not _NAME.fullmatch(name):
             raise InputError(f"mixture name {name!r} is not 1 to 64 of a-z, 0-9, '.', '_', '-', starting with a letter or digit")
         return name
 
     def _numbers(self, name: str) -> dict[int, set[str]]:
         """Every number in use, ascending -> what its folder holds. An empty folder counts, so that its number is not used again."""
-        held = self.files.holdings(self._checked(name))
+        held = self.files.holdings(self.checked(name))
         return {number: held[str(number)] for number in sorted(int(entry) for entry in held if _NUMBER.fullmatch(entry))}
 
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -36,6 +37,7 @@ SUMS = "SHA256SUMS"
 REMOVED = "REMOVED"
 BLOBS = ".blobs"
 CHUNK = 1 << 20
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
@@ -231,23 +233,30 @@ class LocalFiles:
         now, going = time.time(), Counter[int]()
         for version in doomed:
             with contextlib.suppress(FileNotFoundError):
-                folder = self._at(version, to_the_end=True)
-                going.update((folder / path).lstat().st_ino for path in files_below(folder, follow_links=False))
+                going.update(_inodes(self._at(version, to_the_end=True)))
+        newest: dict[int, float] = {}
+        for path in self._unclaimed():
+            with contextlib.suppress(FileNotFoundError):
+                size, written = _weigh(self.root / path)
+                inodes = _inodes(self.root / path)
+                going.update(inodes)
+                newest |= {inode: max(written, newest.get(inode, 0.0)) for inode in inodes}
+                yield path, size, now - written
         for blob in self.names(BLOBS):
             with contextlib.suppress(FileNotFoundError):
                 found = (self.root / BLOBS / blob).lstat()
                 if blob.startswith("."):
                     yield f"{BLOBS}/{blob}", 0, now - found.st_ctime
                 elif found.st_nlink - going[found.st_ino] == 1:
-                    # No age protects it, and none is needed: whoever links it just now keeps the bytes under another name.
-                    yield f"{BLOBS}/{blob}", found.st_size, math.inf
+                    # Of no version: no age protects it, since whoever links it just now keeps the bytes under another name.
+                    yield f"{BLOBS}/{blob}", found.st_size, now - newest.get(found.st_ino, -math.inf)
+
+    def _unclaimed(self) -> Iterator[str]:
+        """What publishers and promoters write beside, and what killed ones left of it."""
         for name in self.names(""):
             if not name.startswith("."):
                 for home in (name, *(f"{name}/.aliases/{alias}" for alias in self.names(f"{name}/.aliases"))):
-                    for entry in self.names(home):
-                        if entry.startswith((".publishing-", ".writing-")):
-                            size, newest = _weigh(self.root / home / entry)
-                            yield f"{home}/{entry}", size, now - newest
+                    yield from (f"{home}/{entry}" for entry in self.names(home) if entry.startswith((".publishing-", ".writing-")))
 
     def drop(self, path: str) -> None:
         target = self._at(path)
@@ -259,6 +268,7 @@ class LocalFiles:
     def _at(self, path: str, to_the_end: bool = False) -> Path:
         """Raises: FileNotFoundError if a folder on the way, or with ``to_the_end`` the last part too, is a link."""
         parts, here = PurePosixPath(path).parts, self.root
+        assert ".." not in parts and not path.startswith("/"), path  # names are checked where they come in
         for i, part in enumerate(parts):
             here = here / part
             if (to_the_end or i + 1 < len(parts)) and here.is_symlink():
@@ -359,6 +369,10 @@ def _link_over(source: Path, target: Path) -> None:
             os.replace(beside, target)
         except PermissionError:
             beside.unlink(missing_ok=True)
+
+
+def _inodes(folder: Path) -> list[int]:
+    return [(folder / path).lstat().st_ino for path in files_below(folder, follow_links=False)]
 
 
 def _weigh(folder: Path) -> tuple[int, float]:

@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from orchestrator.registry_files import BLOBS, CHUNK, SUMS, NotAFile, Staged, is_plain, sha256_file
+from orchestrator.registry_files import BLOBS, CHUNK, DIGEST, SUMS, NotAFile, Staged, is_plain, sha256_file
 from workers.contracts import InputError, RunFailed
 
 OPTIONS = {"s3": ("endpoint_override", "region", "scheme"), "gs": ("endpoint_override", "scheme")}
 REFRESH_S = 3600.0
 """A blob that was there longer than this is written anew when a version reuses it, so that a gc that runs meanwhile sees it as new."""
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}[a-z0-9]")
 
 
@@ -96,7 +95,7 @@ class ObjectFiles:
                 yield chunk
 
     def locate(self, version: str, path: str, digest: str) -> str:
-        if not _DIGEST.fullmatch(digest):
+        if not DIGEST.fullmatch(digest):
             raise FileNotFoundError(f"{digest!r} is no sha256")
         return f"{BLOBS}/{digest}"
 

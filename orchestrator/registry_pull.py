@@ -16,7 +16,7 @@ from pathlib import Path
 
 from orchestrator.aliases import one_line
 from orchestrator.registry import Registry, Version
-from orchestrator.registry_files import MANIFEST, SUMS, NotAFile, files_below, is_plain, sha256_file
+from orchestrator.registry_files import DIGEST, MANIFEST, SUMS, NotAFile, files_below, is_plain, sha256_file
 from workers.contracts import InputError, VerificationError
 
 
@@ -77,9 +77,11 @@ def _locked(folder: Path) -> Iterator[Path]:
 def _pull(version: Version, out: Path, beside: Path, say: Callable[[str], None]) -> int:
     manifest, sums = version.manifest(), _sums(version)
     hashes = {**manifest.files, MANIFEST: sums.get(MANIFEST, "")}
-    for path in hashes:
+    for path, digest in hashes.items():
         if not is_plain(path) or path == SUMS:
             raise VerificationError(f"{version.reference}: {path!r}: is not a plain relative path inside the version")
+        if not DIGEST.fullmatch(digest):
+            raise VerificationError(f"{version.reference}: {path}: the manifest says {digest[:64]!r}, which is no sha256")
     page = "".join(f"{digest}  {path}\n" for path, digest in hashes.items()).encode()
     if sums != hashes:
         raise VerificationError(f"{version.reference}: {SUMS}: does not list the files and hashes of the manifest")

@@ -20,3 +20,26 @@ def emoji() -> Path:
 def emoji_images() -> Path:
     """The bundled images, a Parquet file."""
     return QUICKSTART / "noto-emoji-32.parquet"
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A real S3 server on 127.0.0.1."""
+    from tests.s3 import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The server, and its credentials in the environment."""
+    from tests.s3 import ENVIRONMENT
+
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    s3_server.on_write, s3_server.ignores_conditions = None, False
+    return s3_server

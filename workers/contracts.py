@@ -435,7 +435,7 @@ class EvaluateTask(Record):
 
 # --- what is published ----------------------------------------------------------------------------------------------
 
-GOLDEN = "golden.safetensors"
+GOLDEN = "golden/samples.safetensors"
 """In a version: a few images that it drew when it was published."""
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from workers import checkpoint, conditioning, data, evaluate, extractors, families, first_stage, golden, rewrites, shards
+from workers import checkpoint, conditioning, data, evaluate, extractors, families, first_stage, golden, pretrained, rewrites, shards
 from workers.contracts import DenoiserRef, EvaluateTask, ExtractorRef, InputError, Progress, RunFailed, SamplerRef, derive_seed
 from workers.diffusion import NoiseSchedule, make_sampler, pixels, sampler_timesteps
 from workers.elastic import extract, reorder
@@ -38,7 +38,7 @@ from workers.session import Session
 def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
     """The denoiser a reference points to: dense, published, a mixture of fine-tuned experts, or one cut from the pretrained weights."""
     if ref.folder is not None:
-        return MixtureDenoiser.from_pretrained(ref.folder).eval()
+        return pretrained.load(MixtureDenoiser, Path(ref.folder))
     if ref.plan is None:
         return families.load_denoiser(model_path)
     config = families.load_config(model_path)
