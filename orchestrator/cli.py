@@ -50,7 +50,7 @@ class Command(click.Group):
         try:
             return super().invoke(ctx)
         except (InputError, RunFailed) as error:
-            click.echo(f"error: {printable(str(error))}", err=True)
+            click.echo("error: " + printable(str(error)).replace("\n", " "), err=True)
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted: the same command continues where this one stopped", err=True)
@@ -156,10 +156,13 @@ def run(
 
     config = load_job(job, overrides)
     from orchestrator import planning, report
+    from orchestrator.registry import Registry
     from orchestrator.results import record
 
     prepared = planning.make_ready(config)
-    prepared.pipeline.select(only, prepared.pipeline.after(redo), until)  # refuses before anything is written
+    selected = prepared.pipeline.select(only, prepared.pipeline.after(redo), until)  # refuses before anything is written
+    if any(stage.name == "publish" for stage in selected):
+        Registry(prepared.job.registry.path).files.require_writable()  # hours before it is needed
     with driver(prepared, inline) as (view, cluster):
         record(prepared.store.folder, job, overrides, config.model_dump(mode="json", exclude={"storage", "registry", "resources"}))
         results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage, until)

@@ -62,6 +62,9 @@ class Files(Protocol):
     def uri(self, path: str) -> str:
         """As people write it; without credentials."""
 
+    def require_writable(self) -> None:
+        """Raises: RunFailed if nothing can be published here; a folder on a disk tells when it is written to."""
+
     def names(self, folder: str) -> list[str]:
         """What lies directly in a folder; nothing if there is none."""
 
@@ -151,6 +154,9 @@ class LocalFiles:
 
     def uri(self, path: str) -> str:
         return str(self.root / path)
+
+    def require_writable(self) -> None:
+        pass
 
     def names(self, folder: str) -> list[str]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

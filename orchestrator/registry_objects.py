@@ -75,7 +75,11 @@ class ObjectFiles:
 
     def uri(self, path: str) -> str:
         below = "/".join(part for part in (self.bucket, self.prefix, path) if part)
-        return f"{self.scheme}://{below}" + (f"?{urlencode(self.options)}" if self.options else "")
+        return f"{self.scheme}://{below}" + (f"?{urlencode(self.options, safe=':')}" if self.options else "")
+
+    def require_writable(self) -> None:
+        with self._told(""):
+            self._writer.require_conditions(self._key(".conditional"), self.uri(""))
 
     def names(self, folder: str) -> list[str]:
         return sorted({info.base_name for info in self._list(folder, recursive=False)})
@@ -104,7 +108,7 @@ class ObjectFiles:
 
     @contextlib.contextmanager
     def stage(self, name: str, folder: Path, paths: list[str]) -> Iterator[Staged]:
-        self._writer.require_conditions(self._key(".conditional"), self.uri(""))
+        self.require_writable()
         hashes = {path: self._upload(folder / path) for path in paths}
         yield _ObjectStaged(self, name, hashes)
 

@@ -1,7 +1,8 @@
 """Does a published version still compute what it did when it was published? A few images, and one prediction of every expert, are kept.
 
-Arithmetic differs between machines, so they are compared with a tolerance. Images show that loading and sampling work as a whole;
-predictions tell of each expert alone, however little the images owe to it.
+Arithmetic differs between machines, so they are compared with a tolerance: rounding what enters every convolution as TF32 does moved
+images of the bundled model by 0.001 and predictions by 0.0003, as bfloat16 does by 0.012 and 0.003. Images show that loading and sampling
+work as a whole; predictions tell of each expert alone, however little the images owe to it.
 Legend: n images [n, C, H, W], stored as uint8; one prediction per expert [K, C', H', W'], float32.
 """
 

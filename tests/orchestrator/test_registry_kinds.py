@@ -49,9 +49,14 @@ class Shelf:
         return CliRunner().invoke(main, ["registry", *map(str, arguments), "--registry", self.uri], catch_exceptions=False)
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture
 def shelf(request, tmp_path) -> Shelf:
     return Shelf(request.param, tmp_path, request.getfixturevalue("s3") if request.param == "s3" else None)
+
+
+both = pytest.mark.parametrize("shelf", ["local", "s3"], indirect=True)
+both_slowly = pytest.mark.parametrize("shelf", ["local", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
+"""As ``both``; what is left for a bucket is long there and says little that the others do not."""
 
 
 def refusal(result: Result, code: int) -> str:
@@ -63,6 +68,7 @@ def refusal(result: Result, code: int) -> str:
 # --- versions -------------------------------------------------------------------------------------------------------
 
 
+@both
 def test_versions_are_numbered_found_and_verified(shelf):
     one, two = shelf.publish("run-a"), shelf.publish("run-b")
     assert [one.reference, two.reference] == ["quickstart:1", "quickstart:2"]
@@ -75,6 +81,7 @@ def test_versions_are_numbered_found_and_verified(shelf):
     assert not is_published(one.where.replace("quickstart/1", "quickstart/3"))
 
 
+@both
 def test_publishing_again_makes_no_second_version(shelf):
     shelf.publish("run-a"), shelf.publish("run-b")
     before = shelf.state()
@@ -82,6 +89,7 @@ def test_publishing_again_makes_no_second_version(shelf):
     assert shelf.state() == before
 
 
+@both
 def test_an_expert_that_two_versions_share_is_stored_once(shelf):
     shelf.publish("run-a")
     before = shelf.blobs()
@@ -94,6 +102,7 @@ def test_an_expert_that_two_versions_share_is_stored_once(shelf):
         assert len(shared) == 3 and len({path.stat().st_ino for path in shared}) == 1
 
 
+@both
 def test_a_damaged_file_is_found_and_the_others_are_listed(shelf):
     first, _ = shelf.publish("run-a"), shelf.publish("run-b")
     shelf.damage(first, "model-00002-of-00002.safetensors")
@@ -103,6 +112,7 @@ def test_a_damaged_file_is_found_and_the_others_are_listed(shelf):
     assert shelf.command("list").exit_code == 0
 
 
+@both_slowly
 def test_reading_changes_nothing(shelf):
     shelf.publish("run-a")
     before = shelf.state()
@@ -125,6 +135,7 @@ def moves(shelf, alias: str = "champion") -> list[tuple]:
     return [(e.number, e.action, e.previous, e.version) for e in aliases.history(shelf.registry.files, "quickstart", alias)]
 
 
+@both_slowly
 def test_an_alias_moves_and_every_move_stays_in_its_history(shelf):
     one, two = shelf.publish("run-a"), shelf.publish("run-b")
     assert promote(shelf.registry, one, "champion").version == 1
@@ -142,6 +153,7 @@ def test_an_alias_moves_and_every_move_stays_in_its_history(shelf):
         shelf.registry.resolve("quickstart@best")
 
 
+@both_slowly
 def test_rollback_undoes_promotions_one_by_one_and_passes_over_removed_versions(shelf):
     versions = [shelf.publish(f"run-{i}") for i in range(4)]
     for version in versions:
@@ -156,6 +168,7 @@ def test_rollback_undoes_promotions_one_by_one_and_passes_over_removed_versions(
     assert len(moves(shelf)) == 8
 
 
+@both
 def test_a_move_that_came_first_is_a_conflict_and_nothing_changes(shelf, monkeypatch):
     one, two, three = (shelf.publish(f"run-{i}") for i in range(3))
     promote(shelf.registry, one, "champion")
@@ -176,6 +189,7 @@ def test_a_move_that_came_first_is_a_conflict_and_nothing_changes(shelf, monkeyp
     assert moves(shelf) == [(1, "promote", None, 1), (2, "promote", 1, 3)]
 
 
+@both_slowly
 def test_what_is_not_good_enough_or_not_whole_is_not_promoted(shelf):
     one, two = shelf.publish("run-a", frechet=7.0), shelf.publish("run-b", frechet=7.5)
     assert shelf.command("promote", "quickstart:1", "--require", "fd<=7").exit_code == 0
@@ -191,6 +205,7 @@ def test_what_is_not_good_enough_or_not_whole_is_not_promoted(shelf):
 # --- removing -------------------------------------------------------------------------------------------------------
 
 
+@both
 def test_a_removed_version_is_gone_and_its_number_is_not_used_again(shelf):
     shelf.publish("run-a"), shelf.publish("run-b")
     assert shelf.command("rm", "quickstart:2").exit_code == 0
@@ -201,6 +216,7 @@ def test_a_removed_version_is_gone_and_its_number_is_not_used_again(shelf):
         assert "give the version's number" in refusal(shelf.command("rm", model), 2)
 
 
+@both_slowly
 def test_what_an_alias_names_is_not_removed(shelf):
     version = shelf.publish("run-a")
     shelf.publish("run-b")
@@ -210,6 +226,7 @@ def test_what_an_alias_names_is_not_removed(shelf):
     assert shelf.state() == before
 
 
+@both_slowly
 def test_a_removal_gives_way_to_a_promotion_at_the_same_time(shelf, monkeypatch):
     version = shelf.publish("run-a")
     put = type(shelf.registry.files).put
@@ -227,6 +244,7 @@ def test_a_removal_gives_way_to_a_promotion_at_the_same_time(shelf, monkeypatch)
     assert shelf.registry.verify(shelf.registry.resolve("quickstart@champion")) == 4
 
 
+@both
 def test_a_promotion_gives_way_to_a_removal_that_looked_before(shelf, monkeypatch):
     one, two = shelf.publish("run-a"), shelf.publish("run-b")
     promote(shelf.registry, one, "champion")
@@ -243,6 +261,7 @@ def test_a_promotion_gives_way_to_a_removal_that_looked_before(shelf, monkeypatc
     assert shelf.registry.resolve("quickstart@champion") == one
 
 
+@both_slowly
 def test_gc_keeps_what_is_named_and_the_newest_and_frees_what_only_the_others_held(shelf):
     versions = [shelf.publish(f"run-{i}") for i in range(5)]
     promote(shelf.registry, versions[1], "champion")
@@ -260,6 +279,7 @@ def test_gc_keeps_what_is_named_and_the_newest_and_frees_what_only_the_others_he
     assert shelf.publish("run-2").number == 6
 
 
+@both
 def test_gc_leaves_the_young_alone_and_versions_that_it_was_not_told_to_remove(shelf):
     for i in range(3):
         shelf.publish(f"run-{i}")
@@ -276,6 +296,7 @@ def test_gc_leaves_the_young_alone_and_versions_that_it_was_not_told_to_remove(s
     assert len(shelf.registry.versions()) == 3 and not any(path.endswith("0" * 64) or "publishing" in path for path in shelf.state())
 
 
+@both_slowly
 def test_gc_refuses_when_it_cannot_know_what_is_needed(shelf):
     versions = [shelf.publish(f"run-{i}") for i in range(2)]
     promote(shelf.registry, versions[0], "champion")
@@ -290,6 +311,7 @@ def test_gc_refuses_when_it_cannot_know_what_is_needed(shelf):
 # --- copies ---------------------------------------------------------------------------------------------------------
 
 
+@both_slowly
 def test_a_pulled_folder_holds_the_published_files_and_nothing_else(shelf, tmp_path):
     version = shelf.publish("run-a")
     assert shelf.command("pull", "quickstart", "--out", tmp_path / "copy").exit_code == 0
@@ -302,6 +324,7 @@ def test_a_pulled_folder_holds_the_published_files_and_nothing_else(shelf, tmp_p
         assert (tmp_path / "copy" / "config.json").stat().st_nlink == 1  # a copy is the user's to change
 
 
+@both
 def test_a_killed_pull_is_continued_in_the_middle_of_a_file(shelf, tmp_path):
     version, beside = shelf.publish("run-a"), tmp_path / ".copy.pulling"
     digest = version.sums()["model-00001-of-00002.safetensors"]
@@ -316,6 +339,7 @@ def test_a_killed_pull_is_continued_in_the_middle_of_a_file(shelf, tmp_path):
     assert len(mixtures.tree(tmp_path / "copy")) == 7 and not beside.exists()
 
 
+@both_slowly
 def test_a_wrong_rest_of_a_killed_pull_is_fetched_again(shelf, tmp_path):
     version = shelf.publish("run-a")
     digest = version.sums()["model-00001-of-00002.safetensors"]
@@ -325,6 +349,7 @@ def test_a_wrong_rest_of_a_killed_pull_is_fetched_again(shelf, tmp_path):
     assert (tmp_path / "copy" / "model-00001-of-00002.safetensors").read_bytes() == mixtures.SHARED
 
 
+@both_slowly
 def test_a_damaged_version_is_not_pulled_and_a_foreign_folder_not_touched(shelf, tmp_path):
     version = shelf.publish("run-a")
     (tmp_path / "mine").mkdir()
@@ -338,6 +363,7 @@ def test_a_damaged_version_is_not_pulled_and_a_foreign_folder_not_touched(shelf,
     assert mixtures.tree(tmp_path / "mine") == {"thesis.tex": b"precious"}
 
 
+@both_slowly
 def test_a_version_is_used_where_it_lies_or_from_a_cache(shelf, tmp_path):
     version = shelf.publish("run-a")
     folder = local(shelf.registry, version, tmp_path / "cache")
@@ -352,6 +378,7 @@ def test_a_version_is_used_where_it_lies_or_from_a_cache(shelf, tmp_path):
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
+@both_slowly
 def test_diff_names_what_differs_and_nothing_else(shelf):
     shelf.publish("run-a", paired_mse=0.02), shelf.publish("run-b", paired_mse=0.05)
     found = json.loads(shelf.command("diff", "quickstart:1", "quickstart:2", "--json").stdout)
@@ -362,6 +389,7 @@ def test_diff_names_what_differs_and_nothing_else(shelf):
     assert "result   paired_mse: 0.02 -> 0.05  (+0.03)" in shelf.command("diff", "quickstart:1", "quickstart:2").stdout.splitlines()
 
 
+@both_slowly
 def test_lineage_names_relatives_shared_experts_and_moves(shelf):
     one = shelf.publish("run-a")
     shelf.publish("run-b"), shelf.publish("run-a", name="other")

@@ -426,3 +426,37 @@ def test_a_registry_that_was_lost_is_published_again(run):
         assert Path(json.loads(again.stdout)["published"]["macs-0.50"]["path"]).is_dir()
     finally:
         hidden.rename(version)
+
+
+@pytest.mark.slow
+def test_a_run_publishes_to_a_bucket_from_which_others_sample(run, s3, tmp_path, monkeypatch):
+    uri = s3.new_registry()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = run.again("--set", f"registry.path={uri}", "--set", "export.rewrites=[]")
+    assert done.exit_code == 0, done.output
+    assert stage_lines(done.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]
+    [published] = json.loads(done.stdout)["published"].values()
+    assert published["reference"] == "small:1" and published["path"] == uri.replace("/mixtures?", "/mixtures/small/1?")
+    assert stage_lines(run.again("--set", f"registry.path={uri}").stderr) == [(stage, "already done") for stage in STAGES]
+    assert diffpruning("registry", "promote", "small", "--registry", uri, "--require", "macs_ratio<=0.5").exit_code == 0
+    [verified] = json.loads(diffpruning("registry", "verify", "--json", "--registry", uri).stdout)
+    assert (verified["ok"], verified["files"], verified["samples"]) == (True, 6, 4)
+    pictures = []
+    for place, name in ((uri, "small@champion"), (run.registry, "small:1"), (uri, "small:1")):
+        sampled = diffpruning(
+            "sample", name, "--registry", place, "--count", 2, "--steps", 2, "--out", tmp_path / "x.png", "--device", "cpu"
+        )
+        assert sampled.exit_code == 0, sampled.output
+        pictures.append((tmp_path / "x.png").read_bytes())
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert len(list((tmp_path / "cache").rglob("manifest.json"))) == 1
+
+
+@pytest.mark.slow
+def test_a_bucket_that_cannot_be_written_to_is_told_before_anything_is_made(run, s3):
+    before = tree(run.run, run.registry)
+    s3.ignores_conditions = True
+    done = run.again("--set", f"registry.path={s3.new_registry()}", "--redo", "analyze")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "the store ignores If-None-Match" in done.stderr
+    assert tree(run.run, run.registry) == before
