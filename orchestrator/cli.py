@@ -22,12 +22,14 @@ from orchestrator.cli_driver import check_capacity, driver
 from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_export import export
 from orchestrator.cli_jobs import jobs_group, submit
-from orchestrator.cli_options import check_stages, device_here, json_option, run_options, set_option, show
+from orchestrator.cli_options import check_stages, device_here, json_option, printable, run_options, set_option, show
 from orchestrator.cli_profile import profile
+from orchestrator.cli_registry import registry as registry_commands
+from orchestrator.cli_registry import registry_option
 from orchestrator.cli_results import results as results_command
 from orchestrator.cli_sweep import sweep
 from orchestrator.words import gigabytes, gmacs, hours
-from workers.contracts import METRICS, InputError, RunFailed, VerificationError
+from workers.contracts import METRICS, InputError, RunFailed
 
 EXIT_CODES = """
 \b
@@ -48,7 +50,7 @@ class Command(click.Group):
         try:
             return super().invoke(ctx)
         except (InputError, RunFailed) as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo("error: " + printable(str(error)).replace("\n", " "), err=True)
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted: the same command continues where this one stopped", err=True)
@@ -89,6 +91,7 @@ main.add_command(results_command)
 main.add_command(export)
 main.add_command(submit)
 main.add_command(jobs_group)
+main.add_command(registry_commands)
 
 
 @main.command()
@@ -164,10 +167,13 @@ def run(
     if not inline:
         check_capacity(config)  # before anything large is imported or read
     from orchestrator import planning, report
+    from orchestrator.registry import Registry
     from orchestrator.results import record
 
     prepared = planning.make_ready(config)
-    prepared.pipeline.select(only, prepared.pipeline.after(redo), until)  # refuses before anything is written
+    selected = prepared.pipeline.select(only, prepared.pipeline.after(redo), until)  # refuses before anything is written
+    if any(stage.name == "publish" for stage in selected):
+        Registry(prepared.job.registry.path).files.require_writable()  # hours before it is needed
     with driver(prepared, inline) as (view, cluster):
         record(prepared.store.folder, job, overrides, config.model_dump(mode="json", exclude={"storage", "registry", "resources"}))
         results = prepared.pipeline.run(prepared.job, cluster, view.say, only, redo, view.on_stage, until)
@@ -241,7 +247,7 @@ def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @main.command()
 @click.argument("model", metavar="MODEL[@alias|:version]")
-@click.option("--registry", default="registry", show_default=True, help="Folder of the registry.")
+@registry_option
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps; default: those the mixture was planned for.")
 @click.option("--scheduler", help="ddpm, ddim, dpmpp, dpmpp-karras, unipc or euler; default: the planned one.")
 @click.option("--class-label", type=click.IntRange(0), help="Class of all images, for a class-conditional model; default: each its own.")
@@ -254,7 +260,7 @@ def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def sample(
     model: str,
-    registry: str,
+    uri: str,
     steps: int | None,
     scheduler: str | None,
     class_label: int | None,
@@ -267,9 +273,10 @@ def sample(
     as_json: bool,
 ) -> None:
     """Draw images from a published mixture."""
+    from orchestrator import registry_pull
     from orchestrator.registry import Registry
 
-    books = Registry(registry)
+    books = Registry(uri)
     version = books.resolve(model)
     if not out.parent.is_dir():
         raise InputError(f"--out: no such folder: {out.parent}")
@@ -277,12 +284,12 @@ def sample(
         raise InputError(f"--out: {out} is a folder; give the name of a PNG file")
     budget = version.manifest().plan.budget
     device = device_here(device, "--device")
-    books.verify(version)
+    folder = registry_pull.local(books, version, registry_pull.cache_folder(), lambda line: click.echo(line, err=True))
     from workers.generate import write_sample_grid
 
     seeds = range(seed, seed + count)
     write_sample_grid(
-        str(version.path), scheduler or budget.scheduler, steps or budget.steps, seeds, out, device, class_label, guidance_scale, eta
+        str(folder), scheduler or budget.scheduler, steps or budget.steps, seeds, out, device, class_label, guidance_scale, eta
     )
     show({"version": version.reference, "out": str(out.resolve())}, as_json, lambda: str(out))
 
@@ -293,90 +300,3 @@ def schema() -> None:
     from orchestrator.config import job_schema
 
     click.echo(json.dumps(job_schema(), indent=1))
-
-
-@main.group()
-def registry() -> None:
-    """Published mixtures."""
-
-
-registry_option = click.option("--registry", "uri", default="registry", show_default=True, help="Folder of the registry.")
-
-
-@registry.command(name="list")
-@click.argument("name", required=False)
-@registry_option
-@json_option
-def registry_list(name: str | None, uri: str, as_json: bool) -> None:
-    """Versions, with budget, cost and quality."""
-    from orchestrator.registry import Registry
-
-    rows = []
-    for version in Registry(uri).versions(name):
-        manifest = version.manifest()
-        mine = manifest.metrics.get(manifest.plan.budget.name, {})
-        rows.append(
-            {
-                "version": version.reference,
-                "budget": manifest.plan.budget.name,
-                "agent": manifest.plan.agent,
-                "experts": len(manifest.plan.experts),
-                "cost_ratio": round(manifest.plan.cost_ratio, 4),
-                "of": manifest.plan.budget.quantity,
-                "macs_ratio": round(manifest.plan.macs_ratio, 4),
-                "paired_mse": mine.get("paired_mse"),
-                "denoising_loss": mine.get("denoising_loss"),
-                "path": str(version.path),
-            }
-        )
-
-    def text() -> str:
-        if not rows:
-            return f"no versions in {uri}"
-        head = f"{'version':<18}{'budget':<14}{'agent':<10}{'experts':>8}  {'of dense':<12}{'paired MSE':>12}"
-        costs = [f"{r['cost_ratio']:.3f} {r['of']}" for r in rows]
-        lines = [
-            f"{r['version']:<18}{r['budget']:<14}{r['agent']:<10}{r['experts']:>8}  {cost:<12}" for r, cost in zip(rows, costs, strict=True)
-        ]
-        errors = ["" if r["paired_mse"] is None else f"{r['paired_mse']:>12.5f}" for r in rows]
-        return "\n".join([head, *(f"{line}{error}".rstrip() for line, error in zip(lines, errors, strict=True))])
-
-    show(rows, as_json, text)
-
-
-@registry.command(name="show")
-@click.argument("model", metavar="MODEL[@alias|:version]")
-@registry_option
-@json_option
-def registry_show(model: str, uri: str, as_json: bool) -> None:
-    """One version: intervals, architectures, cost, quality, where it comes from."""
-    from orchestrator import status as view
-    from orchestrator.registry import Registry
-
-    version = Registry(uri).resolve(model)
-    manifest = version.manifest()
-    show(manifest.to_json(), as_json, lambda: view.manifest_text(version.reference, str(version.path), manifest))
-
-
-@registry.command(name="verify")
-@click.argument("model", metavar="MODEL[@alias|:version]", required=False)
-@registry_option
-@json_option
-def registry_verify(model: str | None, uri: str, as_json: bool) -> None:
-    """Check every file of one version, or of all, against its hash."""
-    from orchestrator.registry import Registry
-
-    books = Registry(uri)
-    versions = [books.resolve(model)] if model else books.versions()
-    if not versions:
-        raise InputError(f"no versions in {uri}")
-    results, errors = [], []
-    for version in versions:
-        try:
-            results.append({"version": version.reference, "ok": True, "files": books.verify(version)})
-        except VerificationError as error:
-            errors.append(str(error))
-            results.append({"version": version.reference, "ok": False, "error": str(error)})
-    show(results, as_json, lambda: "\n".join(f"{r['version']:<18}ok, {r['files']} files" for r in results if r["ok"]) or "nothing verified")
-    if errors:
-        raise VerificationError("; ".join(errors))

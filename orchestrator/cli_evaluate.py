@@ -70,21 +70,22 @@ def _still_true(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str
 def _published(prepared: Prepared, versions: Sequence[str]) -> dict[str, Any]:
     """Label -> reference to a version whose files are whole. Raises: InputError if it is not of a model like the job's."""
     from orchestrator.registry import Registry
+    from orchestrator.registry_pull import local
     from workers import families
     from workers.contracts import DenoiserRef
 
     registry, mine, found = Registry(prepared.job.registry.path), families.load_config(prepared.job.model.path), {}
     for name in versions:
         version = registry.resolve(name)
-        registry.verify(version)
-        theirs = families.load_config(version.path)
+        folder = local(registry, version, prepared.store.folder.parent / ".versions")  # where every worker sees it
+        theirs = families.load_config(folder)
         for key in ("in_channels", "out_channels", "sample_size"):
             if theirs.get(key) != mine.get(key):
                 raise InputError(
                     f"--version {version.reference}: its {key} is {theirs.get(key)}, that of the job's model {mine.get(key)}: "
                     "evaluate it in a job with the model that it was made from"
                 )
-        found[version.reference] = DenoiserRef(version.reference, version.manifest().plan, folder=str(version.path))
+        found[version.reference] = DenoiserRef(version.reference, version.manifest().plan, folder=str(folder))
     return found
 
 

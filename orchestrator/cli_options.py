@@ -42,6 +42,11 @@ def show(value: Any, as_json: bool, text: Callable[[], str]) -> None:
     click.echo(json.dumps(value, indent=1) if as_json else text())
 
 
+def printable(text: str) -> str:
+    """What strangers wrote into names and manifests cannot steer the terminal; lines stay."""
+    return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)
+
+
 def device_here(wanted: str, key: str) -> str:
     """cpu or cuda for ``wanted`` (auto, cpu or cuda) on this machine. Raises: InputError, naming ``key``, if there is no such device."""
     from workers.session import local_device

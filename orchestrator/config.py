@@ -57,7 +57,9 @@ class Storage(Section):
 
 
 class RegistryConfig(Section):
-    path: str = Field("registry", min_length=1, description="Folder of the model registry. Relative to the current folder.")
+    path: str = Field(
+        "registry", min_length=1, description="Folder of the model registry, relative to the current folder, or s3://bucket/prefix."
+    )
 
 
 class Model(Section):

@@ -78,7 +78,9 @@ def prepare(job: JobConfig) -> Prepared:
     latent_bytes = 2 * images * 4 * config["in_channels"] * config["sample_size"] ** 2 if first_stage.locate(model) else 0
     disk_bytes = _disk_bytes(job, table, latent_bytes)
     free_bytes = shutil.disk_usage(_nearest_folder(store.folder, "storage.path")).free
-    _nearest_folder(Registry(job.registry.path).root, "registry.path")
+    registry = Registry(job.registry.path)
+    if registry.is_local:
+        _nearest_folder(registry.root, "registry.path")
     job = job.model_copy(
         update={
             "model": job.model.model_copy(update={"path": str(model)}),

@@ -1,61 +1,109 @@
-"""Published mixtures: immutable, numbered versions that are checked file by file.
+"""Published mixtures: immutable, numbered versions that are checked file by file, and movable names for them.
 
 ``<root>/<name>/<number>/`` is one version: its files, ``manifest.json`` with the hash of each, and ``SHA256SUMS`` of them all.
+On a disk it is a plain folder (`registry_files`); in a bucket `registry_objects` says what takes its place.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from urllib.parse import unquote
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from workers.contracts import InputError, MixtureManifest, VerificationError
-
-MANIFEST = "manifest.json"
-SUMS = "SHA256SUMS"
+from orchestrator import aliases
+from orchestrator.aliases import one_line
+from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, Files, LocalFiles, NotAFile, as_json, files_below, is_plain, read, sha256
+from orchestrator.registry_objects import OPTIONS, ObjectFiles
+from workers.contracts import GOLDEN, InputError, MixtureManifest, VerificationError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_NUMBER = re.compile(r"[1-9][0-9]*")
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True)
 class Version:
-    """One published mixture: ``quickstart:7`` and the folder that holds it."""
+    """One published mixture: ``quickstart:7``, and the storage that holds it."""
 
     name: str
     number: int
-    path: Path
+    files: Files = field(repr=False)
 
     @property
     def reference(self) -> str:
         return f"{self.name}:{self.number}"
 
-    def manifest(self) -> MixtureManifest:
-        """Raises: VerificationError if the manifest is missing or cannot be parsed."""
+    @property
+    def folder(self) -> str:
+        """Relative to the registry."""
+        return f"{self.name}/{self.number}"
+
+    @property
+    def where(self) -> str:
+        """Its folder or URI."""
+        return self.files.uri(self.folder)
+
+    @property
+    def path(self) -> Path:
+        """Its folder. Only of a registry on a disk."""
+        assert isinstance(self.files, LocalFiles), self.where
+        return self.files.root / self.folder
+
+    def sums(self) -> dict[str, str]:
+        """SHA256SUMS: path -> sha256 of every other file. Raises: OSError; VerificationError if it is too large to be one."""
         try:
-            return MixtureManifest.from_json(dict(json.loads((self.path / MANIFEST).read_bytes())))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise VerificationError(f"{self.reference}: {MANIFEST}: cannot be read: {error}") from error
+            text = read(self.files, f"{self.folder}/{SUMS}").decode("utf-8", errors="replace")
+        except InputError as error:
+            raise VerificationError(f"{self.reference}: {error}") from None
+        return {path: digest for digest, _, path in (line.partition("  ") for line in text.splitlines())}
+
+    def manifest(self) -> MixtureManifest:
+        """Raises: VerificationError if the manifest is missing, cannot be parsed, or says what cannot be."""
+        try:
+            digest = "" if isinstance(self.files, LocalFiles) else self.sums().get(MANIFEST, "")
+            page = read(self.files, self.files.locate(self.folder, MANIFEST, digest))
+            found = MixtureManifest.from_json(dict(json.loads(page)))
+            if not all(isinstance(row, dict) for row in found.metrics.values()):
+                raise InputError("a row of metrics is not an object")
+            if not found.plan.experts:
+                raise InputError("a mixture without experts")
+            float(found.plan.cost_ratio + found.plan.macs_ratio)
+        except (OSError, ValueError, TypeError, AssertionError, ArithmeticError, RecursionError) as error:
+            said = one_line(error) or type(error).__name__
+            raise VerificationError(f"{self.reference}: {MANIFEST}: cannot be read: {said}") from error
+        return found
 
 
 class Registry:
-    """Versions below one root folder. Neither construction nor reading creates anything."""
+    """Versions below one root. Neither construction nor reading creates anything."""
 
     def __init__(self, uri: str | Path) -> None:
-        """``uri``: a local path or ``file:///path``. Raises: InputError for any other scheme."""
+        """``uri``: a local path, ``file:///path``, ``s3://bucket/prefix`` or ``gs://bucket/prefix``. Raises: InputError for any other."""
         text = str(uri)
-        if not text or (":/" in text and not text.startswith("file:///")):
-            raise InputError(f"registry {text!r}: only local paths and file:///absolute/path are supported so far")
-        self.root = Path(unquote(text.removeprefix("file://"))) if ":/" in text else Path(text).expanduser().absolute()
+        is_uri = ":/" in text
+        scheme = text.partition(":")[0].lower() if is_uri else ""
+        self.files: Files
+        if scheme in OPTIONS:
+            self.files = ObjectFiles.of(re.sub("^[^:]*:/+", f"{scheme}://", text))  # a Path has one slash
+        elif not text or (is_uri and not text.startswith("file:///")) or not text.isprintable():
+            known = "a local path, file:///absolute/path, s3://bucket/prefix or gs://bucket/prefix"
+            raise InputError(f"registry {text!r}: is not {known}")
+        else:
+            self.files = LocalFiles(Path(unquote(urlsplit(text).path)) if is_uri else Path(text).expanduser().absolute())
+
+    @property
+    def root(self) -> Path:
+        """Only of a registry on a disk."""
+        assert isinstance(self.files, LocalFiles), self.files.uri("")
+        return self.files.root
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.files, LocalFiles)
 
     def publish(self, name: str, manifest: MixtureManifest, folder: Path) -> Version:
         """Copy the files of ``folder`` into the next version of ``name``; ``manifest.files`` is filled in here.
@@ -63,51 +111,61 @@ class Registry:
         Doing it again is safe: an intact version with the same fingerprint, budget and files is returned instead of a second one.
         Raises: InputError for an illegal name, an empty folder, or a file that a version cannot hold.
         """
-        home = self._home(name)
-        paths = _files(folder, follow_links=True) if folder.is_dir() else []
+        self.checked(name)
+        paths = files_below(folder, follow_links=True) if folder.is_dir() else []
         if not paths:
             raise InputError(f"nothing to publish as {name}: {folder} holds no files")
         for path in paths:
-            if path in (MANIFEST, SUMS) or not _is_plain(path):
-                reason = "is the registry's own" if path in (MANIFEST, SUMS) else "holds a backslash or an unprintable character"
+            if path in (MANIFEST, SUMS, REMOVED) or not is_plain(path):
+                reason = "holds a backslash or an unprintable character" if not is_plain(path) else "is the registry's own"
                 raise InputError(f"{folder}: the file name {path!r} {reason}: rename the file")
-        temporary = home / f".publishing-{os.getpid()}-{secrets.token_hex(8)}"
-        try:
-            for path in paths:
-                (temporary / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / path, temporary / path)
-            manifest = dataclasses.replace(manifest, files={path: sha256_file(temporary / path) for path in paths})
-            page = (json.dumps(manifest.to_json(), indent=2) + "\n").encode()
+        with self.files.stage(name, folder, paths) as staged:
+            manifest = dataclasses.replace(manifest, files=staged.hashes)
+            page = as_json(manifest.to_json())
             hashes = {**manifest.files, MANIFEST: hashlib.sha256(page).hexdigest()}
-            (temporary / SUMS).write_bytes("".join(f"{digest}  {path}\n" for path, digest in hashes.items()).encode())
-            (temporary / MANIFEST).write_bytes(page)
-            _seal(temporary)
-            return self._claim(name, manifest, temporary)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            sums = "".join(f"{digest}  {path}\n" for path, digest in hashes.items()).encode()
+            number, looked_at = 1, set[int]()
+            while True:
+                # The number is chosen before looking for an equal version: whoever publishes one in between takes that number,
+                # our claim fails, and we look again. So no lock is needed.
+                number = max([number, *(taken + 1 for taken in self._numbers(name))])
+                if equal := self._find_equal(name, manifest, looked_at):
+                    return equal
+                if staged.claim(number, sums, page):
+                    return Version(name, number, self.files)
+                number += 1
 
     def versions(self, name: str | None = None) -> list[Version]:
-        """The versions of ``name``, or of every name, by name and number. Hidden and foreign folders are ignored."""
+        """The versions of ``name``, or of every name, by name and number; not those that were removed. Foreign folders are ignored."""
         if name is None:
-            names = sorted(entry.name for entry in self.root.iterdir()) if self.root.is_dir() else []
-            return [version for name in names if _NAME.fullmatch(name) for version in self.versions(name)]
-        found = (Version(name, number, self._home(name) / str(number)) for number in self._numbers(name))
+            names = [name for name in self.files.names("") if _NAME.fullmatch(name)]
+            return [version for name in names for version in self.versions(name)]
         # Either file makes it ours: a version that lost its manifest stays listed, so that `latest` does not silently step back.
-        return [version for version in found if any((version.path / file).is_file() for file in (MANIFEST, SUMS))]
+        found = self._numbers(name)
+        return [Version(name, number, self.files) for number, held in found.items() if {MANIFEST, SUMS} & held and REMOVED not in held]
 
     def resolve(self, reference: str) -> Version:
-        """The version meant by ``name``, ``name@latest`` (the same) or ``name:7``. Raises: InputError that lists what there is."""
+        """The version meant by ``name``, ``name@latest`` (the same), ``name@alias`` or ``name:7``.
+
+        Raises: InputError that lists what there is; VerificationError if an alias cannot be read.
+        """
         name, separator, wanted = reference.partition("@" if "@" in reference else ":")
         versions = self.versions(name)
         if not versions:
             names = sorted({version.name for version in self.versions()})
             there = f"it has {', '.join(names)}" if names else "it is empty or missing: publish a mixture first"
-            raise InputError(f"the registry {self.root} has no mixture {name}: {there}")
-        if separator == "@" and wanted != "latest":
-            raise InputError(f"{name} has no alias {wanted!r}: the only alias is latest")
+            raise InputError(f"the registry {self.files.uri('')} has no mixture {name}: {there}")
+        if separator == "@" and wanted != aliases.LATEST:
+            moved = aliases.current(self.files, name)
+            if wanted not in moved:
+                there = f"its aliases are {', '.join([*moved, aliases.LATEST])}" if moved else "the only alias is latest"
+                raise InputError(f"{name} has no alias {wanted!r}: {there}")
+            separator, wanted = ":", str(moved[wanted])
         numbers = {str(version.number): version for version in versions}
         if separator == ":" and wanted not in numbers:
-            raise InputError(f"{name} has no version {wanted!r}: it has {', '.join(numbers)}")
+            removed = _NUMBER.fullmatch(wanted) and REMOVED in self._numbers(name).get(int(wanted), ())
+            gone = f"{name}:{wanted} was removed" if removed else f"{name} has no version {wanted!r}"
+            raise InputError(f"{gone}: it has {', '.join(numbers)}")
         return numbers[wanted] if separator == ":" else versions[-1]
 
     def verify(self, version: Version) -> int:
@@ -117,113 +175,101 @@ class Registry:
         """
         manifest = version.manifest()
         try:
-            problems = list(_problems(version.path, manifest))
+            problems = list(_problems(version, manifest))
         except OSError as error:
-            raise VerificationError(f"{version.reference}: cannot be read: {error}") from error
+            raise VerificationError(f"{version.reference}: cannot be read: {one_line(error)}") from error
         if problems:
             more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise VerificationError(f"{version.reference}: {'; '.join(problems[:3])}{more}")
         return len(manifest.files)
 
-    def _claim(self, name: str, manifest: MixtureManifest, temporary: Path) -> Version:
-        """Rename ``temporary`` to the next number, unless an equal version exists."""
-        number = 1
-        while True:
-            # The number is chosen before looking for an equal version: whoever publishes one in between takes that number,
-            # our rename fails, and we look again. So no lock is needed.
-            number = max([number, *(taken + 1 for taken in self._numbers(name))])
-            if equal := self._find_equal(name, manifest):
-                return equal
-            version = Version(name, number, self._home(name) / str(number))
-            try:
-                os.rename(temporary, version.path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                number += 1
-                continue
-            _sync(version.path.parent)
-            _sync(self.root)
-            return version
+    def aliases_of(self, name: str) -> dict[int, list[str]]:
+        """Number of a version -> the aliases that name it now. Raises: VerificationError if an alias cannot be read."""
+        found: dict[int, list[str]] = {}
+        for alias, number in aliases.current(self.files, self.checked(name)).items():
+            found.setdefault(number, []).append(alias)
+        return found
 
-    def _find_equal(self, name: str, manifest: MixtureManifest) -> Version | None:
-        wanted = (manifest.provenance.fingerprint, manifest.plan.budget, manifest.files)
+    def is_removed(self, version: Version) -> bool:
+        return REMOVED in self._numbers(version.name).get(version.number, ())
+
+    def _find_equal(self, name: str, manifest: MixtureManifest, looked_at: set[int]) -> Version | None:
+        """An intact version of the same run, budget and files. Samples drawn at publication may differ by the machine that drew them."""
+
+        def content(files: Mapping[str, str]) -> dict[str, str]:
+            return {path: digest for path, digest in files.items() if path not in (MANIFEST, GOLDEN)}
+
         for version in reversed(self.versions(name)):
+            if version.number in looked_at:
+                continue
+            looked_at.add(version.number)
             try:
+                if content(version.sums()) != content(manifest.files):
+                    continue
                 found = version.manifest()
-                if (found.provenance.fingerprint, found.plan.budget, found.files) == wanted and self.verify(version):
+                same_run = found.provenance.fingerprint == manifest.provenance.fingerprint and found.plan.budget == manifest.plan.budget
+                if same_run and content(found.files) == content(manifest.files) and self.verify(version):
                     return version
-            except VerificationError:
+            except (OSError, VerificationError):
                 continue  # A damaged version cannot stand in for a good one.
         return None
 
-    def _home(self, name: str) -> Path:
+    def checked(self, name: str) -> str:
+        """Raises: InputError for a name that no mixture can have."""
         if not _NAME.fullmatch(name):
             raise InputError(f"mixture name {name!r} is not 1 to 64 of a-z, 0-9, '.', '_', '-', starting with a letter or digit")
-        return self.root / name
+        return name
 
-    def _numbers(self, name: str) -> list[int]:
-        """Every number in use, ascending. An empty numbered folder counts, so it keeps a removed version's number from being reused."""
-        home = self._home(name)
-        return sorted(int(entry.name) for entry in home.iterdir() if _NUMBER.fullmatch(entry.name)) if home.is_dir() else []
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file of any size."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def _numbers(self, name: str) -> dict[int, set[str]]:
+        """Every number in use, ascending -> what its folder holds. An empty folder counts, so that its number is not used again."""
+        held = self.files.holdings(self.checked(name))
+        return {number: held[str(number)] for number in sorted(int(entry) for entry in held if _NUMBER.fullmatch(entry))}
 
 
-def _files(folder: Path, *, follow_links: bool) -> list[str]:
-    """Relative POSIX paths of everything in ``folder`` that is not a folder; a link to a folder counts unless it is followed."""
-    found = []
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and (follow_links or not entry.is_symlink()):
-            found += [f"{entry.name}/{path}" for path in _files(entry, follow_links=follow_links)]
-        else:
-            found.append(entry.name)
-    return found
+def is_published(where: str) -> bool:
+    """Whether a version's folder or URI, as `Version.where` gives it, still holds a version."""
+    above, _, query = where.partition("?") if ":/" in where else (where, "", "")
+    root, name, number = above.rsplit("/", 2)
+    registry = Registry(f"{root}?{query}" if query else root)
+    return any(str(version.number) == number for version in registry.versions(name))
 
 
-def _is_plain(path: str) -> bool:
-    """Relative, stays inside its folder, is spelled in one way only, and fits one line of SHA256SUMS."""
-    pure = PurePosixPath(path)
-    return path == str(pure) != "." and ".." not in pure.parts and not pure.is_absolute() and "\\" not in path and path.isprintable()
-
-
-def _problems(folder: Path, manifest: MixtureManifest) -> Iterator[str]:
-    """Where a version's files, its manifest and its SHA256SUMS disagree. Hashes only regular files found inside ``folder``."""
-    present = set(_files(folder, follow_links=False))
-    lines = (folder / SUMS).read_text("utf-8", errors="replace").splitlines()
-    sums = {path: digest for digest, _, path in (line.partition("  ") for line in lines)}
+def _problems(version: Version, manifest: MixtureManifest) -> Iterator[str]:
+    """Where a version's files, its manifest and its SHA256SUMS disagree. Hashes only regular files found inside the registry."""
+    files, sums = version.files, version.sums()
     expected = [(MANIFEST, sums.pop(MANIFEST, "nothing"), SUMS)]
     expected += [(path, digest, "the manifest") for path, digest in manifest.files.items()]
     for path, digest, source in expected:
-        if not _is_plain(path):
+        if not is_plain(path):
             yield f"{path!r}: is not a plain relative path inside the version"
-        elif path not in present:
+            continue
+        try:
+            found = sha256(files, files.locate(version.folder, path, digest))
+        except FileNotFoundError:
             yield f"{path}: is missing"
-        elif (folder / path).is_symlink() or not (folder / path).is_file():
+        except NotAFile:
             yield f"{path}: is not a regular file"
-        elif (found := sha256_file(folder / path)) != digest:
-            yield f"{path}: sha256 is {found[:12]}..., {source} says {digest[:12]}...: the file was changed after publishing"
+        else:
+            if found != digest:
+                told = one_line(digest)[:12]
+                yield f"{path}: sha256 is {found[:12]}..., {source} says {told}...: the file was changed after publishing"
+            elif path.endswith(".index.json"):
+                yield from _index_problems(version, path, digest, manifest)
     if sums != manifest.files:
         yield f"{SUMS}: does not list the files and hashes of the manifest: one of the two was changed after publishing"
-    for path in sorted(present - set(manifest.files) - {MANIFEST, SUMS}):
+    for path in files.strangers(version.folder, {*manifest.files, MANIFEST, SUMS}):
         yield f"{path if path.isprintable() else repr(path)}: is not in the manifest: it was added after publishing"
 
 
-def _seal(folder: Path) -> None:
-    """Make every file read-only, and force files and folders to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file():
-            path.chmod(0o444)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _index_problems(version: Version, path: str, digest: str, manifest: MixtureManifest) -> Iterator[str]:
+    """An index of shards makes whoever loads it open the files that it names: they must be the version's own."""
+    beside = f"{path.rpartition('/')[0]}/".removeprefix("/")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        page = json.loads(read(version.files, version.files.locate(version.folder, path, digest)))
+        shards = {str(shard) for shard in dict(page["weight_map"]).values()}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        yield f"{path}: is no index of shards"
+        return
+    for shard in sorted(shards):
+        if f"{beside}{shard}" not in manifest.files:
+            yield f"{path}: names the shard {shard!r}, which is no file of the version"

@@ -21,7 +21,7 @@ from orchestrator import __version__, encode, evaluation
 from orchestrator.calibration import calibrate, read_influence
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
-from orchestrator.registry import Registry
+from orchestrator.registry import Registry, is_published
 from orchestrator.scheduling import longest_first
 from orchestrator.store import RunStore, write_json
 from orchestrator.words import few_steps, predicts
@@ -37,6 +37,7 @@ from workers.contracts import (
     Partition,
     Provenance,
     RouteTask,
+    SamplerRef,
     SimilarityMatrix,
     SimilarityTask,
     derive_seed,
@@ -229,7 +230,8 @@ def publish(ctx: Context) -> dict[str, Any]:
         ref = denoisers[budget.name]
         assert ref.plan is not None
         folder = ctx.folder / f"mixture-{budget.name}"
-        item = (ref, job.model.path, job.sampler.scheduler, tuple(job.export.rewrites), str(folder))
+        sampler = SamplerRef(job.sampler.scheduler, job.sampler.steps, 0.0)
+        item = (ref, job.model.path, sampler, tuple(job.export.rewrites), str(folder))
         ctx.cluster.scatter(tasks_evaluate.assemble_mixture, [item])
         manifest = MixtureManifest(
             name=job.name,
@@ -251,11 +253,11 @@ def publish(ctx: Context) -> dict[str, Any]:
         )
         published[budget.name] = version_ = registry.publish(job.name, manifest, folder)
         files = registry.verify(version_)
-        ctx.say(f"  published {version_.reference}: {config.metric} {config.ratio:g}, {files} files verified, {version_.path}")
+        ctx.say(f"  published {version_.reference}: {config.metric} {config.ratio:g}, {files} files verified, {version_.where}")
     return {
         "metrics": metrics,
         "rows": {label: file.relative_to(ctx.store.folder).as_posix() for label, file in measured.items()},
-        "published": {name: {"reference": v.reference, "path": str(v.path)} for name, v in published.items()},
+        "published": {name: {"reference": v.reference, "path": v.where} for name, v in published.items()},
     }
 
 
@@ -325,7 +327,8 @@ STAGES = (
             "registry",
         ),
         ignores=tuple(f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference")),  # files by what they hold
-        holds=lambda result: all((Path(version["path"]) / "manifest.json").exists() for version in result["published"].values()),
+        version=2,
+        holds=lambda result: all(is_published(version["path"]) for version in result["published"].values()),
         fills=evaluation.FOLDER,
     ),
 )

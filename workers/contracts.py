@@ -455,6 +455,9 @@ class EvaluateTask(Record):
 
 # --- what is published ----------------------------------------------------------------------------------------------
 
+GOLDEN = "golden/samples.safetensors"
+"""In a version: a few images that it drew when it was published."""
+
 
 @dataclass(frozen=True)
 class Provenance(Record):

@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from torch import Tensor, nn
 
-from workers import conditioning, families, first_stage
+from workers import conditioning, families, first_stage, pretrained
 from workers.contracts import InputError, SamplerRef
 from workers.diffusion import make_sampler, sample, sampler_timesteps
 from workers.mixture import MixtureDenoiser
@@ -121,7 +121,7 @@ def write_sample_grid(
         raise InputError(f"--class-label is {label}, but the model has the classes 0 to {classes.count - 1}")
     if guidance_scale != 1 and classes.null is None:
         raise InputError(f"--guidance-scale is {guidance_scale:g}, but this model has no null class to be guided away from: leave it out")
-    model = MixtureDenoiser.from_pretrained(version).to(device)
+    model = pretrained.load(MixtureDenoiser, Path(version)).to(device)
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     labels = None if label is None else [label] * len(seeds)
     drawn = around.draw(model, SamplerRef(scheduler, steps, eta), list(seeds), shape, batch, labels, guidance_scale)

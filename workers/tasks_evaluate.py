@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from workers import checkpoint, conditioning, data, evaluate, extractors, families, first_stage, rewrites
+from workers import checkpoint, conditioning, data, evaluate, extractors, families, first_stage, golden, pretrained, rewrites, shards
 from workers.contracts import DenoiserRef, EvaluateTask, ExtractorRef, InputError, Progress, RunFailed, SamplerRef, derive_seed
 from workers.diffusion import NoiseSchedule, make_sampler, pixels, sampler_timesteps
 from workers.elastic import extract, reorder
@@ -39,7 +39,7 @@ from workers.session import Session
 def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
     """The denoiser a reference points to: dense, published, a mixture of fine-tuned experts, or one cut from the pretrained weights."""
     if ref.folder is not None:
-        return MixtureDenoiser.from_pretrained(ref.folder).eval()
+        return pretrained.load(MixtureDenoiser, Path(ref.folder))
     if ref.plan is None:
         return families.load_denoiser(model_path)
     config = families.load_config(model_path)
@@ -238,21 +238,22 @@ def reference_statistics(session: Session, item: ReferenceTask) -> str:
     return item.images.out
 
 
-def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, str, tuple[str, ...], str]) -> str:
-    """Write a published version's files: the mixture (config and weights, float32, rewritten exactly as asked), its sampler, and what
-    of the base model stands around it: first stage and class embedder.
+def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, SamplerRef, tuple[str, ...], str]) -> str:
+    """Write a published version's files: the mixture (config, and float32 weights, one file per expert, rewritten exactly as asked), its
+    sampler, what of the base model stands around it (first stage and class embedder), and images that it draws.
 
     Raises: RunFailed if the weights cannot be written.
     """
-    ref, model_path, scheduler, rewrites, out = item
+    ref, model_path, sampler, rewrites, out = item
     mixture: Any = load_reference(ref, model_path)
     mixture.rewrite(rewrites)
     try:
-        mixture.save_pretrained(out, safe_serialization=True)
+        shards.save(mixture, Path(out))
         for part in (first_stage.locate(model_path), Path(model_path) / conditioning.EMBEDDER):
             if part is not None and part.is_dir():
                 shutil.copytree(part, Path(out) / part.name, dirs_exist_ok=True)
+        make_sampler(sampler.scheduler, families.load_scheduler_config(model_path)).save_pretrained(Path(out) / "scheduler")
+        golden.make(Path(out), sampler.scheduler, sampler.steps, session.device)
     except SafetensorError as error:  # a full disk, which safetensors does not report as OSError
         raise RunFailed(f"the mixture cannot be written to {out}: {error}: the same command again continues") from error
-    make_sampler(scheduler, families.load_scheduler_config(model_path)).save_pretrained(Path(out) / "scheduler")
     return out

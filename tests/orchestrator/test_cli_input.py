@@ -120,7 +120,8 @@ def refused(command: tuple[str, ...], *overrides: str, job: object = "quickstart
         ("evaluate.timesteps=1001", 2, "evaluate.timesteps is 1001, but the model has 1000 training timesteps"),
         ("evaluate.shards=3", 2, "evaluate.shards is 3, but there are only 2 images or samples"),
         ("data.holdout=3583", 2, "data.holdout is 3583, but there are only 3583 images"),
-        ("registry.path=s3://bucket/models", 2, "registry 's3://bucket/models': only local paths"),
+        ("registry.path=ftp://bucket/models", 2, "registry 'ftp://bucket/models': is not a local path, file:///absolute/path, s3://bucket"),
+        ("registry.path=s3://KEY:hush@bucket/models", 2, "registry s3://...: a URI must not hold credentials: put them into AWS_ACCESS"),
         ("noequals", 2, "--set 'noequals' is not of the form key.subkey=value"),
     ],
 )
@@ -492,7 +493,7 @@ def test_verify_counts_the_files_of_every_version(tmp_path):
 
 def test_verify_names_a_tampered_file_and_ends_with_4(tmp_path):
     folder = publish(tmp_path)
-    publish(tmp_path, "other")
+    publish(tmp_path, "other", b"others" * 100)
     overwrite(folder / "weights.bin", b"Weights" * 100)
     before = tree(tmp_path)
     done = diffpruning("registry", "verify", "--json")
@@ -551,6 +552,17 @@ def test_a_version_that_is_not_there_is_refused_with_those_there_are(tmp_path, c
     assert tree(tmp_path) == before
 
 
+def test_list_shows_the_other_versions_beside_a_damaged_one(tmp_path):
+    folder = publish(tmp_path)
+    publish(tmp_path, "other")
+    overwrite(folder / "manifest.json", b"{")
+    done = diffpruning("registry", "list")
+    assert done.exit_code == 4
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [["emoji:1", "damaged"], ["other:1", "macs-0.50"]]
+    assert done.stderr.startswith("error: emoji:1: manifest.json: cannot be read: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_empty_registry_lists_nothing_and_has_nothing_to_verify(tmp_path):
     done = diffpruning("registry", "list", "--json")
     assert (done.exit_code, json.loads(done.stdout), done.stderr) == (0, [], "")
@@ -572,6 +584,7 @@ def test_a_version_is_listed_and_shown(tmp_path):
         "paired_mse": 0.01,
         "denoising_loss": 0.1,
         "path": str(path),
+        "aliases": [],
     }
     assert diffpruning("registry", "list").stdout.splitlines()[1].split() == [
         "emoji:1",

@@ -150,7 +150,7 @@ def test_the_report_is_there_and_stands_alone(run):
 
 def test_the_version_is_verified_and_within_its_budget(run):
     version = Registry(run.registry).resolve("small@latest")
-    assert Registry(run.registry).verify(version) == 3
+    assert Registry(run.registry).verify(version) == 6  # config, two experts, their index, scheduler, golden samples
     plan = version.manifest().plan
     spent = sum(share * cost.macs for share, cost in zip(plan.shares, plan.expert_costs, strict=True))
     assert 0 < spent <= 0.5 * plan.dense_cost.macs
@@ -176,8 +176,12 @@ def test_the_claimed_cost_is_the_cost_of_the_published_weights(run):
     from safetensors import safe_open
 
     plan = run.manifest["plan"]
-    with safe_open(run.registry / "small" / "1" / "diffusion_pytorch_model.safetensors", framework="numpy") as file:
-        sizes = {name: file.get_tensor(name).size for name in file.keys()}  # noqa: SIM118
+    sizes = {}
+    for k in range(2):
+        shard = run.registry / "small" / "1" / f"diffusion_pytorch_model-{k + 1:05d}-of-00002.safetensors"
+        with safe_open(shard, framework="numpy") as file:
+            assert {name.split(".")[1] for name in file.keys()} == {str(k)}  # noqa: SIM118
+            sizes |= {name: file.get_tensor(name).size for name in file.keys()}  # noqa: SIM118
     for k, cost in enumerate(plan["expert_costs"]):
         assert sum(size for name, size in sizes.items() if name.startswith(f"experts.{k}.")) == cost["params"]
     assert sum(sizes.values()) == sum(cost["params"] for cost in plan["expert_costs"])
@@ -232,8 +236,9 @@ def test_list_show_and_verify_agree_with_the_manifest(run):
     assert [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("t0")] == [
         f"t{i['start']:04d}-{i['stop']:04d}" for i in manifest["plan"]["partition"]["intervals"]
     ]
-    verified = json.loads(diffpruning("registry", "verify", "--json", "--registry", run.registry).stdout)
-    assert verified == [{"version": "small:1", "ok": True, "files": len(manifest["files"])}]
+    [verified] = json.loads(diffpruning("registry", "verify", "--json", "--registry", run.registry).stdout)
+    assert 0 <= verified.pop("difference") < 0.02
+    assert verified == {"version": "small:1", "ok": True, "files": len(manifest["files"]), "samples": 4}
 
 
 def test_status_shows_six_done_stages_and_the_report(run):
@@ -431,3 +436,37 @@ def test_a_registry_that_was_lost_is_published_again(run):
         assert Path(json.loads(again.stdout)["published"]["macs-0.50"]["path"]).is_dir()
     finally:
         hidden.rename(version)
+
+
+@pytest.mark.slow
+def test_a_run_publishes_to_a_bucket_from_which_others_sample(run, s3, tmp_path, monkeypatch):
+    uri = s3.new_registry()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = run.again("--set", f"registry.path={uri}", "--set", "export.rewrites=[]")
+    assert done.exit_code == 0, done.output
+    assert stage_lines(done.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]
+    [published] = json.loads(done.stdout)["published"].values()
+    assert published["reference"] == "small:1" and published["path"] == uri.replace("/mixtures?", "/mixtures/small/1?")
+    assert stage_lines(run.again("--set", f"registry.path={uri}").stderr) == [(stage, "already done") for stage in STAGES]
+    assert diffpruning("registry", "promote", "small", "--registry", uri, "--require", "macs_ratio<=0.5").exit_code == 0
+    [verified] = json.loads(diffpruning("registry", "verify", "--json", "--registry", uri).stdout)
+    assert (verified["ok"], verified["files"], verified["samples"]) == (True, 6, 4)
+    pictures = []
+    for place, name in ((uri, "small@champion"), (run.registry, "small:1"), (uri, "small:1")):
+        sampled = diffpruning(
+            "sample", name, "--registry", place, "--count", 2, "--steps", 2, "--out", tmp_path / "x.png", "--device", "cpu"
+        )
+        assert sampled.exit_code == 0, sampled.output
+        pictures.append((tmp_path / "x.png").read_bytes())
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert len(list((tmp_path / "cache").rglob("manifest.json"))) == 1
+
+
+@pytest.mark.slow
+def test_a_bucket_that_cannot_be_written_to_is_told_before_anything_is_made(run, s3):
+    before = tree(run.run, run.registry)
+    s3.ignores_conditions = True
+    done = run.again("--set", f"registry.path={s3.new_registry()}", "--redo", "analyze")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "the store ignores If-None-Match" in done.stderr
+    assert tree(run.run, run.registry) == before

@@ -1,0 +1,101 @@
+"""What a registry can do without: remove versions, and free what nothing names any more.
+
+A removed version's number is never used again: its folder stays, with SHA256SUMS and the mark REMOVED, which says who removed it and when.
+The mark comes first, so nobody meets a version that is half there; then aliases are looked at once more, so that of a removal and a
+promotion at the same time one gives way.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+from orchestrator import aliases
+from orchestrator.registry import Registry, Version
+from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, as_json
+from workers.contracts import InputError, VerificationError
+
+GRACE_HOURS = 24.0
+"""What is younger may belong to a publisher who is still at work."""
+
+
+def remove(registry: Registry, version: Version) -> None:
+    """Raises: InputError if an alias names it; Conflict if one was moved to it meanwhile."""
+    if named := registry.aliases_of(version.name).get(version.number):
+        told = ", ".join(f"{version.name}@{alias}" for alias in named)
+        raise InputError(f"{version.reference} is named by {told}: promote another version, or roll back, then remove it")
+    mark = f"{version.folder}/{REMOVED}"
+    at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    registry.files.put(mark, as_json({"schema": 1, "by": aliases.who(), "at": at}))
+    if named := registry.aliases_of(version.name).get(version.number):
+        registry.files.delete(mark)
+        raise aliases.Conflict(f"conflict: {version.name}@{named[0]} was moved to {version.reference} meanwhile: it is not removed")
+    registry.files.strip(version.folder)
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What a gc removes, or would."""
+
+    versions: list[str]
+    debris: list[str]
+    """Files and folders that nothing names: of removed versions, and what killed publishers left."""
+    freed_bytes: int
+    too_young: int
+    """How many things were left alone because somebody may be writing them."""
+
+
+def clean(
+    registry: Registry,
+    name: str | None = None,
+    keep_aliased: bool = False,
+    keep_last: int | None = None,
+    dry_run: bool = False,
+    grace_hours: float = GRACE_HOURS,
+) -> Cleaning:
+    """Free what nothing names. ``keep_aliased``: and remove the versions that no alias names. ``keep_last``: but for the newest so many.
+
+    A version that an alias names, and the newest of each name, always stay. Raises: VerificationError, before anything is removed, if an
+    alias, or in a bucket a version, cannot be read: what it names is not known.
+    """
+    doomed: list[Version] = []
+    if keep_aliased or keep_last is not None:
+        for each in sorted({version.name for version in registry.versions(name)}):
+            versions, named = registry.versions(each), registry.aliases_of(each)
+            last = versions[-max(1, keep_last or 1) :]
+            doomed += [version for version in versions if version not in last and version.number not in named]
+    staying = [version for version in registry.versions() if version not in doomed]
+    referenced = set() if registry.is_local else _referenced(staying)
+    if not dry_run:
+        doomed = [version for version in doomed if _removed(registry, version)]
+        if not registry.is_local:  # somebody may have published meanwhile, or have promoted what was to go
+            referenced |= _referenced([version for version in registry.versions() if version not in staying])
+    found = list(registry.files.debris([version.folder for version in doomed], referenced))
+    old = [(path, size) for path, size, age_s in found if age_s >= grace_hours * 3600]
+    if not dry_run:
+        for path, _ in old:
+            registry.files.drop(path)
+    return Cleaning([version.reference for version in doomed], [path for path, _ in old], sum(s for _, s in old), len(found) - len(old))
+
+
+def _removed(registry: Registry, version: Version) -> bool:
+    """Whether it could be removed: an alias may have been moved to it meanwhile."""
+    try:
+        remove(registry, version)
+    except (InputError, aliases.Conflict):
+        return False
+    return True
+
+
+def _referenced(versions: list[Version]) -> set[str]:
+    """The hashes of all their files. Raises: VerificationError if one is damaged: what it needs is not known."""
+    found: set[str] = set()
+    for version in versions:
+        try:
+            files, sums = version.manifest().files, version.sums()
+        except OSError as error:
+            raise VerificationError(f"{version.reference}: cannot be read: {aliases.one_line(error)}: nothing was removed") from error
+        if {path: digest for path, digest in sums.items() if path != MANIFEST} != files:
+            raise VerificationError(f"{version.reference}: {SUMS} and {MANIFEST} disagree: nothing was removed: verify it, then remove it")
+        found |= set(sums.values())
+    return found

@@ -1,0 +1,74 @@
+"""A real S3 server on this machine for tests: moto's, one request at a time, so that what it says was written was written in some order."""
+
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLEEXAMPLE",
+    "AWS_SECRET_ACCESS_KEY": "hush-hush-hush-hush",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+
+
+class Server:
+    """``on_write(count)`` is called before and after every request that changes something, when it is set."""
+
+    def __init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+        self.on_write: Callable[[str], None] | None = None
+        self.requests: list[tuple[str, str]] = []
+        self.ignores_conditions = False
+
+        def one_at_a_time(environ, start_response):
+            writes = environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE")
+            with lock:
+                self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+                if self.ignores_conditions:
+                    environ.pop("HTTP_IF_NONE_MATCH", None)
+                if writes and self.on_write:
+                    self.on_write("before")
+                answer = list(app(environ, start_response))
+                if writes and self.on_write:
+                    self.on_write("after")
+                return answer
+
+        self._server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True)
+        self.endpoint = f"127.0.0.1:{self._server.port}"
+        self._names = itertools.count(1)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def client(self):
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=f"http://{self.endpoint}",
+            region_name="us-east-1",
+            aws_access_key_id=ENVIRONMENT["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=ENVIRONMENT["AWS_SECRET_ACCESS_KEY"],
+        )
+
+    def new_registry(self) -> str:
+        """The URI of a registry in a new bucket."""
+        bucket = f"bucket-{next(self._names)}"
+        self.client().create_bucket(Bucket=bucket)
+        return f"s3://{bucket}/mixtures?endpoint_override={self.endpoint}&scheme=http&region=us-east-1"
+
+    def keys(self, uri: str) -> dict[str, int]:
+        """Every object of a registry -> its bytes."""
+        bucket, prefix = uri.removeprefix("s3://").partition("?")[0].split("/", 1)
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+        return {found["Key"].removeprefix(f"{prefix}/"): found["Size"] for page in pages for found in page.get("Contents", [])}
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
