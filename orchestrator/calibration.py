@@ -14,9 +14,10 @@ from typing import Any
 from orchestrator.pipeline import Context
 from orchestrator.store import read_json, write_json
 from workers import families, tasks_route
-from workers.contracts import ExpertCheckpoint, InfluenceTask, RouteTask, digest_of
+from workers.contracts import ExpertCheckpoint, RouteTask, digest_of
 from workers.diffusion import sampler_timesteps, steps_per_expert
 from workers.influence import influences
+from workers.trials import InfluenceTask
 
 VERSION = 1
 """Grows with the meaning of what is measured here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from orchestrator.explain import explain
 from workers.contracts import REWRITES, Budget, ElasticSettings, InputError, RouteSettings, Timing, TrainSettings
 
 BUNDLED = Path(__file__).resolve().parent.parent / "jobs"
@@ -345,7 +345,7 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> JobConfig:
     try:
         config = JobConfig.model_validate(read_job(job, overrides))
     except ValidationError as error:
-        raise InputError(f"{find_job(job).name}: {_explain(error)}") from None
+        raise InputError(f"{find_job(job).name}: {explain(error, JobConfig)}") from None
     _check_names(config)
     return config
 
@@ -436,42 +436,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
         here[last] = value
     else:
         raise InputError(f"--set {key}: {'.'.join(parents)} has no part {last!r}")
-
-
-def _explain(error: ValidationError) -> str:
-    """One line for all mistakes, each naming its key, the value, and what would be right."""
-    lines: dict[str, str] = {}
-    for mistake in error.errors():
-        place = [str(part) for part in mistake["loc"] if not _is_union_tag(part)]
-        key = ".".join(place)
-        if mistake["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(place[-1], _keys_at(place[:-1]), n=1)
-            lines.setdefault(
-                key, f"unknown key {key}" + (f": did you mean {near[0]}?" if near else f"; known: {', '.join(_keys_at(place[:-1]))}")
-            )
-        elif mistake["type"] == "missing":
-            lines.setdefault(key, f"missing key {key}")
-        else:
-            text = mistake["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            text = "must be a mapping of keys to values" if mistake["type"] in ("model_type", "dict_type") else text
-            lines[key] = f"{key} is {mistake['input']!r}: {text}" if key not in lines else f"{lines[key]}, or {text}"
-    return "; ".join(lines.values())
-
-
-def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (part in ("constrained-int", "int") or part.startswith(("literal[", "list[")))
-
-
-def _keys_at(place: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = JobConfig
-    for part in place:
-        field = model.model_fields.get(part)
-        if part.isdecimal():
-            continue
-        if field is None:
-            return []
-        model = BudgetConfig if part == "budgets" else field.annotation  # type: ignore[assignment]
-    return list(model.model_fields)
 
 
 def _check_names(config: JobConfig) -> None:

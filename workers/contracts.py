@@ -396,17 +396,6 @@ class RouteTask(Record):
 
 
 @dataclass(frozen=True)
-class InfluenceTask(Record):
-    """Measure how much an error of each expert counts: on ``samples`` drawn samples, ``batch`` at a time. ``dense``: file of dense's."""
-
-    route: RouteTask
-    samples: int
-    batch: int
-    guidance_scale: float
-    dense: str
-
-
-@dataclass(frozen=True)
 class DenoiserRef(Record):
     """A denoiser to evaluate: without a plan, the dense one; else the mixture of ``experts``, small fine-tuned checkpoints.
 

@@ -23,7 +23,6 @@ from workers import conditioning, families, routers, sensitivity
 from workers.contracts import (
     ArchitectureSpec,
     Budget,
-    InfluenceTask,
     Interval,
     MixturePlan,
     Progress,
@@ -41,7 +40,7 @@ from workers.routers.uniform import at_level
 from workers.samples import open_samples
 from workers.session import Session
 from workers.tasks import labels_of, load_elastic
-from workers.trials import FrontTask, SearchTrial
+from workers.trials import FrontTask, InfluenceTask, SearchTrial
 
 
 @functools.lru_cache(maxsize=1)

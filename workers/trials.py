@@ -1,4 +1,4 @@
-"""What one trial of a plan search leaves, whether it ended or was stopped, and the search that serves many. Standard library only."""
+"""What one trial of a plan search leaves, whether it ended or was stopped; what the search is asked besides. Standard library only."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ class FrontTask(Record):
     """Its own budget does not count."""
     budgets: tuple[Budget, ...]
     out: str
+
+
+@dataclass(frozen=True)
+class InfluenceTask(Record):
+    """Measure how much an error of each expert counts: on ``samples`` drawn samples, ``batch`` at a time. ``dense``: file of dense's."""
+
+    route: RouteTask
+    samples: int
+    batch: int
+    guidance_scale: float
+    dense: str
