@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator import evaluation
 from orchestrator.config import JobConfig, Training
-from workers import similarity
+from workers import influence, similarity
 from workers.cost import CostTable
 
 
@@ -38,6 +38,8 @@ def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[W
     agents = dict.fromkeys(["uniform", *route.agents, *tune.compare])
     era = float(experts * route.era_steps * route.era_batch)
     trials = [era if agent == "era" else 0.0 for _ in ratios for agent in agents for _ in route.seeds]
+    influenced = route.influence_samples * (1 if job.sampler.guidance_scale == 1 else 2) if experts > 1 else 0
+    dense_samples = float(influenced * min(job.sampler.steps, influence.STEPS))
     drawn = job.evaluate.samples + job.evaluate.frechet_samples
     row = job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps
     rows: list[float] = [row, *(drawn * sampler.steps for sampler in evaluation.dense_samplers(job))]
@@ -46,7 +48,12 @@ def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[W
         "analyze": (Work("embed_timesteps", (float(gradient if needs_model else 0),), job.similarity.timesteps),),
         "partition": (),
         "specialize": (Work("train_expert", (_trained(train, 0.65 + 0.6 * train.random_networks),) * experts),),
-        "route": (Work("expert_sensitivity", (choices * route.images / 2,) * experts), Work("search_plan", tuple(trials))),
+        "route": (
+            Work("expert_sensitivity", (choices * route.images / 2,) * experts),
+            Work("draw_dense", (dense_samples,)),
+            Work("expert_influence", tuple(dense_samples * (k + 1) / experts for k in range(experts))),
+            Work("search_plan", tuple(trials)),
+        ),
         "finetune": (Work("train_expert", tuple(_trained(tune, ratio) for ratio in ratios for _ in range(copies * experts))),),
         "publish": (Work("evaluate_shard", tuple(rows)),),
     }

@@ -381,7 +381,11 @@ def test_a_file_that_extends_itself_is_refused(write):
 
 @pytest.mark.parametrize(
     ("section", "extra", "settings"),
-    [(Training, set(), TrainSettings), (Router, {"agents", "seeds", "influence_samples"}, RouteSettings), (Elastic, set(), ElasticSettings)],
+    [
+        (Training, set(), TrainSettings),
+        (Router, {"agents", "seeds", "influence_samples"}, RouteSettings),
+        (Elastic, set(), ElasticSettings),
+    ],
 )
 def test_a_section_and_what_workers_get_of_it_have_the_same_fields(section, extra, settings):
     assert set(section.model_fields) - extra == {field.name for field in dataclasses.fields(settings)}
