@@ -265,13 +265,22 @@ def _timeless(value: Any) -> Any:
     return [_timeless(part) for part in value] if isinstance(value, list) else value
 
 
-def marked(mark: str) -> list[str]:
-    """Titles of living processes whose environment holds the mark."""
+def marked_pids(mark: str) -> list[int]:
+    """Living processes whose environment holds the mark."""
     found, wanted = [], f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if wanted in (folder / "environ").read_bytes().split(b"\0") and "State:\tZ" not in (folder / "status").read_text():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120])
+                found.append(int(folder.name))
+    return found
+
+
+def marked(mark: str) -> list[str]:
+    """Titles of living processes whose environment holds the mark."""
+    found = []
+    for pid in marked_pids(mark):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120])
     return found
 
 
