@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 MARK = "DIFFPRUNING_FAULT_TEST"
 EVERY = {"specialize": 10, "finetune": 10}
 """Steps between checkpoints."""
+FAIR = {"RAY_worker_niceness": "0"}
+"""Ray's workers yield to everything else on the machine, which on a busy one is for ever."""
 PATIENCE_S = 900.0
 """Ray on two busy cores may take minutes to start a trainer."""
 
@@ -99,7 +101,7 @@ class Driver:
         self.run, self.log = run, log
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", MARK)}
         environment |= {MARK: mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
-        environment |= {"RAY_ADDRESS": address} if address else {}
+        environment |= FAIR | ({"RAY_ADDRESS": address} if address else {})
         self.started = time.time()
         with log.open("a") as file:
             self.process = subprocess.Popen(
@@ -323,7 +325,7 @@ class Nodes:
     def __init__(self, mark: str, count: int):
         from ray.cluster_utils import Cluster
 
-        os.environ.update({MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
+        os.environ.update(FAIR | {MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": 100 * 2**20}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.add() for _ in range(count)]

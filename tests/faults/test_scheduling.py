@@ -19,7 +19,7 @@ import pytest
 
 from orchestrator.scheduling import least_s, longest_first, makespan_s
 from orchestrator.simulation import Phase
-from tests.faults.harness import MARK, ROOT, TABLE, Row, marked_pids
+from tests.faults.harness import FAIR, MARK, ROOT, TABLE, Row, marked_pids
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
@@ -28,7 +28,7 @@ def run(asked: dict[str, Any], storage: Path, address: str | None = None) -> dic
     """What `tests.faults.work` prints."""
     storage.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    environment |= {"RAY_ADDRESS": address} if address else {}
+    environment |= FAIR | ({"RAY_ADDRESS": address} if address else {})
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.work", json.dumps(asked), str(storage)],
         capture_output=True,
@@ -130,7 +130,7 @@ def growing(tmp_path) -> Iterator[str]:
         port = free.getsockname()[1]
     mark = uuid.uuid4().hex
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "disabled", MARK: mark}
+    environment |= FAIR | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "disabled", MARK: mark}
     environment |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=0", "--dashboard-port=0", "--include-dashboard=true"]
     words += ["--object-store-memory=100000000", f"--autoscaling-config={tmp_path / 'autoscaling.json'}", "--disable-usage-stats"]
