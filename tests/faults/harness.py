@@ -138,25 +138,29 @@ class Driver:
             time.sleep(0.1)
         return found
 
-    def until_work(self, stage: str, part: float = 0.0) -> list[dict[str, Any]]:
+    def until_work(self, stage: str, part: float = 0.0, named: str = "") -> list[dict[str, Any]]:
         """The units of the stage that are under way, once one of them is beyond ``part`` of its steps."""
 
         def found() -> list[dict[str, Any]]:
-            units = [unit for unit in self.units(stage).values() if unit["step"] < unit["steps"]]
+            units = [unit for unit in self.units(stage).values() if unit["step"] < unit["steps"] and named in unit["unit"]]
             return units if any(unit["step"] >= part * unit["steps"] for unit in units) else []
 
         return self.until(found, f"unit at work in {stage}")
 
-    def until_stage_is_over(self, stage: str) -> None:
-        self.until(lambda: f"\n{stage:<11}finished" in self.said, f"end of {stage}")
-
     def until_again_at(self, stage: str, units: list[dict[str, Any]]) -> None:
-        """All these units are further than they were, or the stage is over."""
+        """All these trainers are as far as they were, in another attempt; tasks have ended; or the stage is over."""
+        anew: set[str] = set()
 
         def there() -> bool:
             now = self.units(stage)
-            states = [(now.get(unit["unit"]), unit["step"]) for unit in units]
-            again = all(found and (found["step"] > step or found["step"] == found["steps"]) for found, step in states)
+            for unit in units:
+                found = now.get(unit["unit"], unit)
+                if found["first_step"] != unit["first_step"] or found["seconds"] < unit["seconds"]:
+                    anew.add(unit["unit"])
+            if stage in EVERY:
+                again = all(unit["unit"] in anew and now.get(unit["unit"], {}).get("step", 0) >= unit["step"] for unit in units)
+            else:
+                again = all(now.get(unit["unit"], {}).get("step", -1) == unit["steps"] for unit in units)
             return again or f"\n{stage:<11}finished" in self.said
 
         self.until(there, f"recovery of {stage}")
