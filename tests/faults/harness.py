@@ -254,9 +254,9 @@ class Job:
         while left := marked(self.mark):
             assert time.monotonic() < deadline, f"still running: {left}"
             time.sleep(0.5)
-        hidden = [path for place in ("runs", "registry") for path in (self.folder / place).rglob(".*")]
+        files = [path for place in ("runs", "registry") for path in (self.folder / place).rglob("*")]
         known = (".lock", ".validate_storage_marker")
-        assert not [path for path in hidden if path.name not in known]
+        assert not [path for path in files if ".tmp" in path.name or (path.name.startswith(".") and path.name not in known)]
         assert not list(self.run.glob("train/*/*.txt"))
         assert not list(self.run.glob("*/search/tune"))
 
