@@ -97,7 +97,7 @@ def test_what_killed_processes_left_half_written_is_gone_after_the_next_run(toys
         "start-x/.embed.7.tmp.npy",
     ]
     alive = f".report.{os.getpid()}.tmp.html"
-    for name in [*mine, alive, "start-x/kept.npy"]:
+    for name in [*half, ".progress.999999999.tmp.json", alive, "start-x/kept.npy"]:
         (toys.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (toys.folder / name).write_text("half")
     toys.broken.add("tell")
