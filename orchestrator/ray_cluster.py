@@ -79,6 +79,9 @@ class RayCluster:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
         # a worker whose Python stands still cannot end itself
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(hang_timeout_s)
+        for handler in logging.getLogger("ray").handlers:  # they hold the stderr of their beginning
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(_Log(self._log, sys.stderr))
         self._own = not ray.is_initialized()
         on_term = signal.getsignal(signal.SIGTERM)
         try:
@@ -87,6 +90,8 @@ class RayCluster:
         finally:
             signal.signal(signal.SIGTERM, on_term)  # Ray's core puts its own in place, which aborts
         try:
+            if device == "auto" and self.autoscale_to:
+                raise InputError("resources.device is auto, but nodes of resources.autoscale_to are still to come: set it to cuda or cpu")
             if device == "auto":
                 device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
             self.need = Need(device, cpus, gpus if device == "cuda" else 0, workers_per_expert, custom)

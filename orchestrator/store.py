@@ -128,7 +128,7 @@ class RunStore:
 
     def tidy(self) -> None:
         """Remove what killed processes have left of files that they were writing; for who holds the lock, and no work under way."""
-        for left in (*self.folder.glob("*/.*.tmp*"), *self.folder.glob("*/*/.*.tmp*")):
+        for left in (*self.folder.glob("*/.*.tmp*"), *self.folder.glob("*/*/.*.tmp*"), *self.folder.glob("cache/*.tmp")):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         for left in self.folder.glob(".*.tmp*"):  # here, commands that need no lock write too
             if left.is_file() and not _writer_lives(left):

@@ -117,7 +117,7 @@ def test_killing_the_driver_in_specialize_loses_nothing_but_the_last_steps(finis
         command(folder, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
     deadline = time.monotonic() + 200
-    while not any("step_" in path.read_text() for path in run.glob("train/specialize-*/checkpoint_manager_snapshot.json")):
+    while not list(run.glob("train/specialize-*/step_*")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "no checkpoint within 200 s"
         time.sleep(0.1)
@@ -142,7 +142,7 @@ def test_a_killed_sweep_goes_on_without_the_trials_that_ended_and_a_process_read
     )
 
     def ended() -> int:
-        return sum(path.read_text().count("TERMINATED") for path in run.glob("sweep-*/search/experiment_state-*.json"))
+        return len(list(run.glob("sweep-*/search/[!.]*.json")))
 
     deadline = time.monotonic() + 200
     while ended() < 2:
@@ -167,7 +167,7 @@ def test_a_killed_sweep_goes_on_without_the_trials_that_ended_and_a_process_read
 def test_a_job_that_can_never_fit_is_refused_before_anything_runs(folder):
     done = diffpruning(folder, "toobig", "--set", "resources.cpus_per_worker=64")
     assert done.returncode == 2
-    assert "never fit this cluster" in done.stderr
+    assert "never fit a Ray on this machine" in done.stderr
     assert done.stderr.count("error:") == 1
     assert not list((folder / "toobig" / "small").glob("*/done.json"))
 

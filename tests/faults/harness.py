@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 MARK = "DIFFPRUNING_FAULT_TEST"
 EVERY = {"specialize": 10, "finetune": 10}
 """Steps between checkpoints."""
+FAIR = {"RAY_worker_niceness": "0"}
+"""Ray's workers yield to everything else on the machine, which on a busy one is for ever."""
 PATIENCE_S = 900.0
 """Ray on two busy cores may take minutes to start a trainer."""
 
@@ -99,7 +101,7 @@ class Driver:
         self.run, self.log = run, log
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", MARK)}
         environment |= {MARK: mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
-        environment |= {"RAY_ADDRESS": address} if address else {}
+        environment |= FAIR | ({"RAY_ADDRESS": address} if address else {})
         self.started = time.time()
         with log.open("a") as file:
             self.process = subprocess.Popen(
@@ -136,25 +138,29 @@ class Driver:
             time.sleep(0.1)
         return found
 
-    def until_work(self, stage: str, part: float = 0.0) -> list[dict[str, Any]]:
+    def until_work(self, stage: str, part: float = 0.0, named: str = "") -> list[dict[str, Any]]:
         """The units of the stage that are under way, once one of them is beyond ``part`` of its steps."""
 
         def found() -> list[dict[str, Any]]:
-            units = [unit for unit in self.units(stage).values() if unit["step"] < unit["steps"]]
+            units = [unit for unit in self.units(stage).values() if unit["step"] < unit["steps"] and named in unit["unit"]]
             return units if any(unit["step"] >= part * unit["steps"] for unit in units) else []
 
         return self.until(found, f"unit at work in {stage}")
 
-    def until_stage_is_over(self, stage: str) -> None:
-        self.until(lambda: f"\n{stage:<11}finished" in self.said, f"end of {stage}")
-
     def until_again_at(self, stage: str, units: list[dict[str, Any]]) -> None:
-        """All these units are further than they were, or the stage is over."""
+        """All these trainers are as far as they were, in another attempt; tasks have ended; or the stage is over."""
+        anew: set[str] = set()
 
         def there() -> bool:
             now = self.units(stage)
-            states = [(now.get(unit["unit"]), unit["step"]) for unit in units]
-            again = all(found and (found["step"] > step or found["step"] == found["steps"]) for found, step in states)
+            for unit in units:
+                found = now.get(unit["unit"], unit)
+                if found["first_step"] != unit["first_step"] or found["seconds"] < unit["seconds"]:
+                    anew.add(unit["unit"])
+            if stage in EVERY:
+                again = all(unit["unit"] in anew and now.get(unit["unit"], {}).get("step", 0) >= unit["step"] for unit in units)
+            else:
+                again = all(now.get(unit["unit"], {}).get("step", -1) == unit["steps"] for unit in units)
             return again or f"\n{stage:<11}finished" in self.said
 
         self.until(there, f"recovery of {stage}")
@@ -248,9 +254,9 @@ class Job:
         while left := marked(self.mark):
             assert time.monotonic() < deadline, f"still running: {left}"
             time.sleep(0.5)
-        hidden = [path for place in ("runs", "registry") for path in (self.folder / place).rglob(".*")]
+        files = [path for place in ("runs", "registry") for path in (self.folder / place).rglob("*")]
         known = (".lock", ".validate_storage_marker")
-        assert not [path for path in hidden if path.name not in known]
+        assert not [path for path in files if ".tmp" in path.name or (path.name.startswith(".") and path.name not in known)]
         assert not list(self.run.glob("train/*/*.txt"))
         assert not list(self.run.glob("*/search/tune"))
 
@@ -265,13 +271,22 @@ def _timeless(value: Any) -> Any:
     return [_timeless(part) for part in value] if isinstance(value, list) else value
 
 
-def marked(mark: str) -> list[str]:
-    """Titles of living processes whose environment holds the mark."""
+def marked_pids(mark: str) -> list[int]:
+    """Living processes whose environment holds the mark."""
     found, wanted = [], f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if wanted in (folder / "environ").read_bytes().split(b"\0") and "State:\tZ" not in (folder / "status").read_text():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120])
+                found.append(int(folder.name))
+    return found
+
+
+def marked(mark: str) -> list[str]:
+    """Titles of living processes whose environment holds the mark."""
+    found = []
+    for pid in marked_pids(mark):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120])
     return found
 
 
@@ -314,7 +329,7 @@ class Nodes:
     def __init__(self, mark: str, count: int):
         from ray.cluster_utils import Cluster
 
-        os.environ.update({MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
+        os.environ.update(FAIR | {MARK: mark, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": 100 * 2**20}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.add() for _ in range(count)]

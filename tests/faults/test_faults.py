@@ -28,9 +28,9 @@ AT_WORK = {"analyze": TASK, "specialize": TRAINER, "route": TRIAL, "finetune": T
 """Stage -> whose process works in it."""
 
 
-def part_of(stage: str) -> float:
-    """From where on a unit is worth killing: trainers have a checkpoint or two by then."""
-    return 0.3 if stage in EVERY else 0.0
+def at_work(driver: Driver, stage: str) -> list[dict]:
+    """Units worth killing: trainers have a checkpoint or two by then, and what a search measures beforehand is no trial."""
+    return driver.until_work(stage, 0.3 if stage in EVERY else 0.0, "seed" if stage == "route" else "")
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_killed_workers_controllers_and_trials_are_started_again_by_the_same_com
             ("finetune", "train controller", CONTROLLER),
             ("publish", "task", TASK),
         ):
-            units = driver.until_work(stage, part_of(stage))
+            units = at_work(driver, stage)
             victim = driver.until(lambda pattern=pattern: driver.workers(pattern), f"{what} in {stage}")[0]
             units = of_process(victim, units)
             lost, started = job.lost(stage, units), time.monotonic()
@@ -82,7 +82,7 @@ def test_a_node_that_is_lost_in_any_stage_costs_what_ran_on_it_since_the_last_ch
     with judged(job, reference) as rows:
         driver = job.start()
         for stage, pattern in AT_WORK.items():
-            units = driver.until_work(stage, part_of(stage))
+            units = at_work(driver, stage)
 
             def busy(pattern: str = pattern) -> list:
                 return [(n, found[0]) for n in nodes.nodes if (found := driver.workers(pattern, [nodes.raylet(n)]))]
@@ -172,7 +172,7 @@ def _kill_at_random(rng: random.Random, job: Job, driver: Driver) -> tuple[int, 
     """(steps lost, seconds until it had been at work, stage), or None if the driver was done before."""
     early, delay = rng.random() < 0.2, rng.uniform(0, 6)
 
-    def at_work() -> str | None:
+    def stage_at_work() -> str | None:
         found = driver.progress()
         if found.get("at", 0) > driver.started and any(unit["step"] < unit["steps"] for unit in found["units"]):
             return found["stage"]
@@ -182,7 +182,7 @@ def _kill_at_random(rng: random.Random, job: Job, driver: Driver) -> tuple[int, 
         time.sleep(delay)
         stage = "-"
     else:
-        while not (stage := at_work()):
+        while not (stage := stage_at_work()):
             if driver.process.poll() is not None:
                 return None
             time.sleep(0.05)
@@ -192,7 +192,7 @@ def _kill_at_random(rng: random.Random, job: Job, driver: Driver) -> tuple[int, 
         if driver.process.poll() is not None:
             return None
         time.sleep(0.05)
-    stage = at_work() or stage
+    stage = stage_at_work() or stage
     units = [unit for unit in driver.units(stage).values() if unit["step"] < unit["steps"]]
     if driver.process.poll() is not None:
         return None

@@ -113,6 +113,22 @@ def test_six_steps_equal_three_and_resume_and_three(task, tmp_path):
     assert whole.loss == halves.loss
 
 
+def test_a_checkpoint_that_was_cut_is_passed_over_and_told_and_the_result_is_the_same(task, tmp_path):
+    short = dataclasses.replace(task, train=dataclasses.replace(SETTINGS, steps=2, checkpoint_every=1))
+    whole = tasks.train_expert(Session(folder=str(tmp_path)), short)
+    state = Path(whole.path) / "state.safetensors"
+    before = {name: tensor.clone() for name, tensor in load_file(state).items()}  # the file is mapped
+    os.truncate(state, state.stat().st_size // 2)
+    told = []
+    again = tasks.train_expert(Session(folder=str(tmp_path), on_progress=told.append), short)
+    assert told[0].first_step == 1
+    assert told[0].note.startswith(f"resumed; passed over: checkpoint {whole.path} cannot be read")
+    after = load_file(f"{again.path}/state.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    attempts = json.loads((Path(again.path) / "checkpoint.json").read_text())["attempts"]
+    assert [step for step, _ in attempts] == [0, 1]
+
+
 def test_a_finished_run_trains_no_further(task, tmp_path, monkeypatch):
     session = Session(folder=str(tmp_path))
     first = tasks.train_expert(session, task)
