@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,9 @@ def head(tmp_path_factory) -> Iterator[Head]:
             assert process.poll() is None, (folder / "head.log").read_text()
             assert time.monotonic() < deadline, "no dashboard within 200 s"
             time.sleep(0.3)
-        gcs = wait_for(
-            lambda: re.search(r"address='([\w.:]+)'", (folder / "head.log").read_text()), 60, "the head does not say its address"
-        )
-        yield Head(address, gcs.group(1), f"http://127.0.0.1:{ports['metrics-export-port']}/metrics", token, environment)
+        found = Head(address, "", f"http://127.0.0.1:{ports['metrics-export-port']}/metrics", token, environment)
+        [node] = wait_for(lambda: alive(found), 200, "the head's own node has not come")
+        yield replace(found, gcs=f"{node['node_ip']}:{ports['port']}")
 
 
 def get(url: str, token: str = "") -> str | None:
@@ -288,18 +287,17 @@ def test_a_node_that_does_not_see_the_storage_is_named_before_anything_runs(head
     private = ["unshare", "--mount", "--propagation", "private", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden)]
     if subprocess.run([*private, "true"], capture_output=True, check=False).returncode:
         pytest.skip("hiding a folder from one process needs the right to mount")
-    folder = Path(head.environment["HOME"]).parent
     ports = free_ports(2)
     words = [f"--dashboard-agent-listen-port={ports[0]}", f"--metrics-export-port={ports[1]}", "--min-worker-port=0", "--max-worker-port=0"]
     start = ray_command("start", "--address", head.gcs, "--block", "--num-cpus=1", "--object-store-memory=100000000", *words)
-    with (folder / "node.log").open("w") as log:
+    with (user / "node.log").open("w") as log:
         process = subprocess.Popen([*private, *start], env=head.environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            wait_for(lambda: len(alive(head)) == 2, 120, "the second node has not come")
+            wait_for(lambda: len(alive(head)) == 2, 300, "the second node has not come")
             done = diffpruning(head, user, "submit", "mine.yaml", "--set", "name=blind", *sets(user))
         finally:
             end(process)
-    wait_for(lambda: len(alive(head)) == 1, 120, "the second node has not gone")
+    wait_for(lambda: len(alive(head)) == 1, 300, "the second node has not gone")
     assert done.returncode == 2, done.stdout
     assert f"storage.path: {hidden / 'blind'} is not seen by {socket.gethostname()} (" in done.stdout
     assert not list((hidden / "blind").glob("*/done.json"))
