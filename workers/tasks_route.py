@@ -74,7 +74,8 @@ def _calibration(item: RouteTask) -> tuple[list[ElasticDenoiser], list[routers.C
     score = [batch(interval, item.rows[half:], "score") for interval in item.partition.intervals]
     for k, parts in enumerate(zip(search, score, strict=True)):  # an error counts as a part of the dense model's at its timestep
         timesteps, errors = (torch.cat(found).tolist() for found in zip(*((p.timesteps, p.dense_errors) for p in parts), strict=True))
-        dense = DenseError.fit(schedule, timesteps, errors)(item.device)
+        energy = float(torch.cat([part.target for part in parts]).square().mean())
+        dense = DenseError.fit(schedule, timesteps, errors, energy)(item.device)
         search[k], score[k] = (replace(part, scale=dense[part.timesteps]) for part in parts)
     return experts, search, score
 

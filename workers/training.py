@@ -151,10 +151,11 @@ def _timestep_weights(
     teacher: nn.Module,
     device: torch.device,
 ) -> list[float]:
-    """[T]: the inverse of the teacher's denoising error, measured where an expert's timesteps reach."""
+    """[T]: the inverse of the teacher's denoising error (`dense_error`), measured where an expert's timesteps reach."""
     interval, chunk = task.interval.widened(schedule.num_timesteps), 16
     timesteps = [interval.start + (2 * i + 1) * interval.length // (2 * dense_error.IMAGES) for i in range(dense_error.IMAGES)]
     errors: list[Tensor] = []
+    energies: list[Tensor] = []
     for i in range(0, len(timesteps), chunk):
         rows = [task.rows[(j * len(task.rows)) // len(timesteps)] for j in range(i, i + chunk)]
         gen, t = generator(device, task.seed, "weights", i), torch.tensor(timesteps[i : i + chunk], device=device)
@@ -163,8 +164,11 @@ def _timestep_weights(
         labels = None if conditioner.classes.argument is None else images.labels_of(rows).to(device)
         with torch.no_grad():
             output = teacher(schedule.noised(clean, noise, t), t, **conditioner(labels)).sample
-        errors.append((output - schedule.target(clean, noise, t)).square().flatten(1).mean(1))
-    return (1 / dense_error.DenseError.fit(schedule, timesteps, torch.cat(errors).tolist())()).tolist()
+        target = schedule.target(clean, noise, t)
+        errors.append((output - target).square().flatten(1).mean(1))
+        energies.append(target.square().mean())
+    energy = float(torch.stack(energies).mean())
+    return (1 / dense_error.DenseError.fit(schedule, timesteps, torch.cat(errors).tolist(), energy)()).tolist()
 
 
 def _batch(

@@ -334,7 +334,7 @@ FIRST_STALE = {
     "router": "route",
     "budgets": "route",
     "sampler": "route",
-    "sampler.guidance_scale": "publish",
+    "sampler.guidance_scale": "route",
     "sampler.eta": "publish",
     "model.random_init": None,
     "latency": "publish",

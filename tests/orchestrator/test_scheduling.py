@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cluster import Need
@@ -29,6 +29,7 @@ def in_order(units: list[float]) -> list[float]:
     return [work[name] for name in longest_first(work)]
 
 
+@settings(deadline=None)
 @given(UNITS, SLOTS)
 def test_longest_first_is_within_four_thirds_of_the_best_assignment_and_no_bound_is_above_it(units, slots):
     best, found = best_s(units, slots), makespan_s(in_order(units), slots)
@@ -45,6 +46,7 @@ def test_equals_stay_in_their_order():
     assert longest_first({"b": 1, "a": 1, "c": 2}) == ["c", "b", "a"]
 
 
+@settings(deadline=None)
 @given(UNITS, SLOTS, st.floats(0, 20))
 def test_what_a_call_waited_for_processes_is_found_again(units, slots, startup):
     """Exact when every slot has the same number of units; never more than there was."""
