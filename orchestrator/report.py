@@ -210,10 +210,12 @@ def draw(e: Evidence) -> dict[str, bytes]:
     return drawn
 
 
-def _scheduler_class(version: str) -> str | None:
+def _scheduler_class(e: Evidence, plan: MixturePlan, version: str) -> str | None:
     """The diffusers class of a published version's scheduler; None if it cannot be read."""
+    made = e.prepared.store.stage_folder("publish", e.prepared.pipeline.fingerprints["publish"]) / f"mixture-{plan.budget.name}"
+    folder = made if "://" in version else Path(version)  # a version in a bucket is as it was made
     with contextlib.suppress(OSError, InputError, AttributeError):
-        return (read_json(Path(version) / "scheduler" / "scheduler_config.json") or {}).get("_class_name")
+        return (read_json(folder / "scheduler" / "scheduler_config.json") or {}).get("_class_name")
     return None
 
 
@@ -234,6 +236,7 @@ def build(prepared: Prepared) -> Path:
     """Write ``figures/*.png`` and the self-contained ``report.html`` into the run folder. Raises: InputError if the run is not finished."""
     e = gather(prepared)
     drawn, published, latency = draw(e), e.results["publish"]["published"], prepared.job.latency
+    made = [(plan, published[plan.budget.name]) for plan in e.chosen]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     templates.filters.update(percent=percent, sh=shlex.quote, py=repr, sig=sig, dropped=dropped, of_dense=of_dense)
@@ -254,7 +257,7 @@ def build(prepared: Prepared) -> Path:
         few_steps=FEW_STEPS,
         overlaps=[figures.overlap(stage, group) for stage, group in trainers(e).items()],
         missing=curves(e)[1],
-        published=[(plan, published[plan.budget.name], _scheduler_class(published[plan.budget.name]["path"])) for plan in e.chosen],
+        published=[(plan, found, _scheduler_class(e, plan, found["path"])) for plan, found in made],
         gmacs=gmacs,
         fingerprint=prepared.pipeline.fingerprints["publish"],
         versions={"diffpruning": __version__, **{name: version(name) for name in ("torch", "diffusers", "numpy")}},

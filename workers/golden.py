@@ -38,7 +38,8 @@ def make(folder: Path, scheduler: str, steps: int, device: str) -> None:
     images, predictions = _compute(folder, about, device)
     (folder / GOLDEN).parent.mkdir(exist_ok=True)
     # one key, since safetensors writes several in any order
-    save_file({"images": images, "predictions": predictions}, folder / GOLDEN, metadata={"golden": json.dumps(about)})
+    tensors = {"images": images.contiguous(), "predictions": predictions.contiguous()}
+    save_file(tensors, folder / GOLDEN, metadata={"golden": json.dumps(about)})
 
 
 def compare(folder: Path, device: str) -> dict[str, Any]:

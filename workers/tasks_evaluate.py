@@ -253,7 +253,10 @@ def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, SamplerRef,
             if part is not None and part.is_dir():
                 shutil.copytree(part, Path(out) / part.name, dirs_exist_ok=True)
         make_sampler(sampler.scheduler, families.load_scheduler_config(model_path)).save_pretrained(Path(out) / "scheduler")
-        golden.make(Path(out), sampler.scheduler, sampler.steps, session.device)
+        try:
+            golden.make(Path(out), sampler.scheduler, sampler.steps, session.device)
+        except InputError as error:  # an expert whose training went wrong, say
+            raise RunFailed(f"what was trained cannot be published: {error}") from error
     except SafetensorError as error:  # a full disk, which safetensors does not report as OSError
         raise RunFailed(f"the mixture cannot be written to {out}: {error}: the same command again continues") from error
     return out

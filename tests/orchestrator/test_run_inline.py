@@ -447,6 +447,8 @@ def test_a_run_publishes_to_a_bucket_from_which_others_sample(run, s3, tmp_path,
     assert stage_lines(done.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]
     [published] = json.loads(done.stdout)["published"].values()
     assert published["reference"] == "small:1" and published["path"] == uri.replace("/mixtures?", "/mixtures/small/1?")
+    page = (run.run / "report.html").read_text()
+    assert "registry pull small:1 --registry" in page and "MixtureDenoiser.from_pretrained(&#39;small-1&#39;)" in page
     assert stage_lines(run.again("--set", f"registry.path={uri}").stderr) == [(stage, "already done") for stage in STAGES]
     assert diffpruning("registry", "promote", "small", "--registry", uri, "--require", "macs_ratio<=0.5").exit_code == 0
     [verified] = json.loads(diffpruning("registry", "verify", "--json", "--registry", uri).stdout)
