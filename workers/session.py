@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from workers.contracts import InputError, MixturePlan, Progress, RunFailed
+from workers.contracts import MixturePlan, Progress, RunFailed
 from workers.nodes import require_storage
 from workers.trials import SearchTrial
 from workers.watchdog import Watchdog
@@ -221,7 +221,7 @@ def run_train_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         with session.watchdog:
             return {"expert": config["task"](session, item).to_json()}
-    except (InputError, RunFailed, OSError) as error:
+    except (RunFailed, OSError) as error:
         if world_size > 1:  # the others wait in a collective for this one, whose exception ends them all
             raise
         if isinstance(error, OSError) and error.errno not in FINAL_ERRNOS:
@@ -237,16 +237,15 @@ def hang_file(rank: int) -> str:
     return f"hang-rank{rank}.txt"
 
 
-def failure(error: InputError | RunFailed | OSError) -> dict[str, Any]:
+def failure(error: RunFailed | OSError) -> dict[str, Any]:
     """An error as JSON, from which ``raised`` makes it again."""
     if isinstance(error, OSError):
         return {"kind": "OSError", "arguments": [error.errno, error.strerror, error.filename and str(error.filename)]}
-    return {"kind": type(error).__name__, "arguments": [str(error)]}
+    return {"kind": "RunFailed", "arguments": [str(error)]}
 
 
 def raised(found: dict[str, Any]) -> Exception:
-    kinds: dict[str, type[Exception]] = {"OSError": OSError, "RunFailed": RunFailed}
-    return kinds.get(found["kind"], InputError)(*found["arguments"])
+    return (OSError if found["kind"] == "OSError" else RunFailed)(*found["arguments"])
 
 
 def run_task(task: Callable[[Session, Any], Any], device: str, item: Any, marker: str = "") -> tuple[Any, float]:

@@ -102,16 +102,29 @@ class Driver:
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", MARK)}
         environment |= {MARK: mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
         environment |= FAIR | ({"RAY_ADDRESS": address} if address else {})
+        self._words, self._environment = words, environment
+        self._spawn()
+
+    def _spawn(self) -> None:
         self.started = time.time()
-        with log.open("a") as file:
+        with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator", *words],
+                [sys.executable, "-m", "orchestrator", *self._words],
                 stdout=subprocess.DEVNULL,
                 stderr=file,
-                env=environment,
+                env=self._environment,
                 start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
             )
+
+    def ended(self) -> bool:
+        """Ray gives a local node half a minute to start; where the machine is too busy for that, the same command is given again."""
+        if self.process.poll() is None:
+            return False
+        if "error: no Ray could be started on this machine" not in self.said or time.time() - self.started > PATIENCE_S:
+            return True
+        self._spawn()
+        return False
 
     @property
     def said(self) -> str:
@@ -133,7 +146,7 @@ class Driver:
         """What ``holds`` returns, once that is true; the process must not end before."""
         deadline = time.monotonic() + patience_s
         while not (found := holds()):
-            assert self.process.poll() is None, f"it ended before {what}: {self.said[-3000:]}"
+            assert not self.ended(), f"it ended before {what}: {self.said[-3000:]}"
             assert time.monotonic() < deadline, f"no {what} within {patience_s:.0f} s: {self.said[-3000:]}"
             time.sleep(0.1)
         return found
@@ -182,7 +195,11 @@ class Driver:
         return self.process.wait(timeout=120)
 
     def wait(self) -> int:
-        return self.process.wait(timeout=2 * PATIENCE_S)
+        deadline = time.monotonic() + 2 * PATIENCE_S
+        while not self.ended():
+            assert time.monotonic() < deadline, self.said[-3000:]
+            time.sleep(0.1)
+        return self.process.returncode
 
 
 @dataclass

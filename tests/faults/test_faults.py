@@ -183,18 +183,18 @@ def _kill_at_random(rng: random.Random, job: Job, driver: Driver) -> tuple[int, 
         stage = "-"
     else:
         while not (stage := stage_at_work()):
-            if driver.process.poll() is not None:
+            if driver.ended():
                 return None
             time.sleep(0.05)
     waited = 0.0 if early else time.time() - driver.started
     end = time.monotonic() + delay
     while not early and time.monotonic() < end:
-        if driver.process.poll() is not None:
+        if driver.ended():
             return None
         time.sleep(0.05)
     stage = stage_at_work() or stage
     units = [unit for unit in driver.units(stage).values() if unit["step"] < unit["steps"]]
-    if driver.process.poll() is not None:
+    if driver.ended():
         return None
     driver.kill()
     return (job.lost(stage, units) or 0) if units else 0, waited, stage

@@ -29,14 +29,11 @@ def run(asked: dict[str, Any], storage: Path, address: str | None = None) -> dic
     storage.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     environment |= FAIR | ({"RAY_ADDRESS": address} if address else {})
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.work", json.dumps(asked), str(storage)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=1800,
-        check=False,
-    )
+    words = [sys.executable, "-m", "tests.faults.work", json.dumps(asked), str(storage)]
+    for _ in range(5):
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1800, check=False)
+        if "no Ray could be started on this machine" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

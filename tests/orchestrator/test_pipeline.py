@@ -90,11 +90,7 @@ def changed(**values) -> dict:
 
 def test_what_killed_processes_left_half_written_is_gone_after_the_next_run(toys, tmp_path):
     toys.run()
-    half = [
-        "cache/images-x.arrow.host-7.tmp",
-        "train/grow-x/.step_0000005.ab12.tmp/state",
-        "start-x/.embed.7.tmp.npy",
-    ]
+    half = ["cache/images-x.arrow.host-7.tmp", "train/grow-x/.step_0000005.ab12.tmp/state", "start-x/.embed.7.tmp.npy"]
     alive = f".report.{os.getpid()}.tmp.html"
     for name in [*half, ".progress.999999999.tmp.json", alive, "start-x/kept.npy"]:
         (toys.folder / name).parent.mkdir(parents=True, exist_ok=True)
