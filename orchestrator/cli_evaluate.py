@@ -109,7 +109,8 @@ def _chosen(rows: dict[str, Row], only: Sequence[str]) -> dict[str, Row]:
 def text(found: Mapping[str, Any]) -> str:
     """The table, one row per denoiser and sampler, and the protocol that holds for all of them."""
     rows = found["rows"]
-    width = max(14, *(len(label) + 2 for label in rows))
+    names = {label: label + (f" (= {row['same_as']})" if row.get("same_as") else "") for label, row in rows.items()}
+    width = max(14, *(len(name) + 2 for name in names.values()))
     distances = any("frechet" in row for row in rows.values())
     head = f"{'':<{width}}{'sampler':<12}{'GMACs/step':>11}{'ms/step':>10}{'time':>8}{'MACs':>8}"
     lines = [head + (f"{'FD':>10}{'KID':>11}" if distances else "") + f"{'MSE to dense':>14}{'images/s':>10}"]
@@ -123,7 +124,7 @@ def text(found: Mapping[str, Any]) -> str:
         if distances:
             cells += f"{_number(row.get('frechet')):>10}{_number(row.get('kid')):>11}"
         rate = "-" if label in elsewhere else _number(row["images_per_s"])
-        lines.append(f"{label:<{width}}{cells}{_number(row['paired_mse']):>14}{rate:>10}")
+        lines.append(f"{names[label]:<{width}}{cells}{_number(row['paired_mse']):>14}{rate:>10}")
     lines += ["", "time and MACs: of all steps, relative to dense under the job's sampler", timed_on(dense, elsewhere)]
     if (workers := max(row.get("drawn_at_once", 1) for row in rows.values())) > 1:
         lines.append(f"images/s: of one worker, while up to {workers} drew at once")

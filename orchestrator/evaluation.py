@@ -1,6 +1,7 @@
 """How good is everything that a run made? One table, a row per denoiser and sampler, each measured once under one protocol.
 
-    <run folder>/evaluation/<label>-<key>.json     what was measured; the key stands for all that it depends on
+    <run folder>/evaluation/<label>-<key>.json     what was measured; the key stands for all that it depends on, so that equal
+                                                   mixtures are measured once, whoever asks for them, under the first one's label
                             <label>-<key>.npz      its samples, for the report
 A killed evaluation goes on with the rows, and within them the shards, that are missing.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.config import JobConfig
+from orchestrator.experts import identity
 from orchestrator.pipeline import Context
 from orchestrator.results import commit
 from orchestrator.store import read_json
@@ -85,18 +87,25 @@ def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition)
 
 
 def _made_from(ctx: Context, ref: DenoiserRef) -> list[Any]:
-    """Stands for a mixture's weights: those published, or the training runs that made them, wherever they lie."""
+    """Stands for a mixture's weights: those published, or its sub-networks and the runs that made them, whatever else the job asks for."""
     if ref.folder is not None:
         return [(Path(ref.folder) / "SHA256SUMS").read_text()]
-    return [ctx.fingerprints["finetune"], ref.label, [[expert.ended, expert.step, expert.loss] for expert in ref.experts]]
+    assert ref.plan is not None
+    specs = [spec.to_json() for spec in ref.plan.experts]
+    return [ctx.fingerprints["specialize"], ref.cut_only, ref.unit, specs, [identity(expert) for expert in ref.experts]]
 
 
 def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequence[int], stage: str = "publish") -> dict[str, Path]:
     """Measure what is missing; the file of every row. ``rows`` begin with dense. ``held_out``: rows of the cache of images or latents."""
     protocol, reference = _protocol(ctx, stage)
     folder = ctx.store.folder / FOLDER
-    files = {label: folder / f"{label.replace(' ', '-').replace(':', '-')}-{_key(ctx, row, protocol)}.json" for label, row in rows.items()}
-    missing = [label for label, file in files.items() if not file.exists()]
+    files: dict[str, Path] = {}
+    keys = {label: _key(ctx, row, protocol) for label, row in rows.items()}
+    first = {key: label for label, key in reversed([*keys.items()])}
+    for label, key in keys.items():
+        named = folder / f"{first[key].replace(' ', '-').replace(':', '-')}-{key}.json"
+        files[label] = min(folder.glob(f"*-{key}.json"), default=named)
+    missing = [label for label, key in keys.items() if first[key] == label and not files[label].exists()]
     if not missing:
         return files
     folder.mkdir(exist_ok=True)
@@ -160,14 +169,18 @@ def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[
 
 def read_table(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """The metrics of every row; ``relative_time`` is that of all steps, dense's under the job's sampler, timed beside it, being 1.
+    ``same_as``: the row before it that is the same mixture, measured once for both.
 
     Raises: InputError if they were not measured under one protocol.
     """
     metrics = {label: read_json(file) or {} for label, file in files.items()}
     common_protocol(metrics)
     dense = metrics[DENSE]
-    for row in metrics.values():
+    first = {file: label for label, file in reversed([*files.items()])}
+    for label, row in metrics.items():
         row["relative_time"] = row["calls"] * row["ms_per_step"] / (dense["calls"] * row["dense_ms_per_step"])
+        if (owner := first[files[label]]) != label:
+            row["same_as"] = owner
     return metrics
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from orchestrator.evaluation import samples_of
+from orchestrator.experts import unit
 from orchestrator.store import read_json
 from orchestrator.words import CUT_ONLY, label, predicted_ms, span
 from workers.contracts import ExpertCheckpoint, InputError, Interval, MixturePlan, Partition, SimilarityMatrix, derive_seed
@@ -37,6 +38,8 @@ class Measured:
     experts: tuple[ExpertCheckpoint, ...] = ()
     """Empty where nothing was trained."""
     sampler: str = ""
+    same_as: str = ""
+    """The label of the row before it that is the same mixture, if there is one."""
 
     @property
     def budget(self) -> str:
@@ -92,6 +95,11 @@ class Evidence:
         """The metric that rows are compared by, less being better: the Frechet distance where it was measured."""
         return "paired_mse" if self.dense.metrics.get("frechet") is None else "frechet"
 
+    @property
+    def distinct(self) -> list[Measured]:
+        """What is worth drawing: every mixture, and of what else was measured all that is not the same as a row before it."""
+        return [m for m in self.measured if not m.same_as or m.kind == "mixture"]
+
     def macs_ratio(self, m: Measured) -> float:
         """MACs of a whole trajectory, dense's under the job's sampler being 1."""
         return m.metrics["calls"] / self.dense.metrics["calls"] * (m.plan.macs_ratio if m.plan else 1.0)
@@ -141,9 +149,9 @@ def gather(prepared: Prepared) -> Evidence:
             if (label := best.budget.name + (f" {kind}" if kind != "mixture" else "")) in metrics:
                 agent = "uniform" if kind == CUT_ONLY else kind
                 plan = best if kind == "mixture" else min((trial for trial in at if trial.agent == agent), key=lambda trial: trial.loss)
-                names = [] if kind == CUT_ONLY else [f"{plan.budget.name}-{plan.agent}-{i.name}" for i in plan.partition.intervals]
+                names = [] if kind == CUT_ONLY else [unit(label, interval) for interval in plan.partition.intervals]
                 experts = tuple(ExpertCheckpoint.from_json(trained[name]) for name in names)
-                measured.append(Measured(kind, plan, metrics[label], samples[label], experts))
+                measured.append(Measured(kind, plan, metrics[label], samples[label], experts, same_as=metrics[label].get("same_as", "")))
     cut = results["partition"]
     partitions = {"chosen": cut, **cut["baselines"]}
     return Evidence(
@@ -198,10 +206,13 @@ def trials_of(e: Evidence, plan: MixturePlan) -> list[MixturePlan]:
 def trainers(e: Evidence) -> dict[str, list[Trainer]]:
     """Every training run, per stage, that recorded its time."""
     found: dict[str, list[Trainer]] = {}
-    for stage, prefix, experts in [("specialize", "", e.specialized), *(("finetune", f"{m.name}  ", m.experts) for m in e.measured)]:
-        timed = [Trainer(prefix + span(x.interval), x.interval, x.started, x.ended) for x in experts if x.ended > x.started]
-        found[stage] = found.get(stage, []) + timed
-    return {stage: group for stage, group in found.items() if group}
+    seen: set[str] = set()
+    for stage, prefix, experts in [("specialize", "", e.specialized), *(("finetune", f"{m.name}  ", m.experts) for m in e.distinct)]:
+        for x in experts:
+            if x.ended > x.started and x.path not in seen:  # plans may share an expert
+                found.setdefault(stage, []).append(Trainer(prefix + span(x.interval), x.interval, x.started, x.ended))
+            seen.add(x.path)
+    return found
 
 
 def history(expert: ExpertCheckpoint, run_folder: Path) -> Points | None:
@@ -217,7 +228,7 @@ def curves(e: Evidence) -> tuple[dict[str, dict[Interval, Points]], list[str]]:
     """Loss curves: "specialize", then every fine-tuned mixture, by interval; and the names of those that cannot be read."""
     found: dict[str, dict[Interval, Points]] = {}
     missing = []
-    for name, experts in [("specialize", e.specialized), *((m.name, m.experts) for m in e.measured if m.experts)]:
+    for name, experts in [("specialize", e.specialized), *((m.name, m.experts) for m in e.distinct if m.experts)]:
         for expert in experts:
             if points := history(expert, e.prepared.store.folder):
                 found.setdefault(name, {})[expert.interval] = points

@@ -51,13 +51,13 @@ def pareto(e: Evidence) -> Figure:
         return Point(e.macs_ratio(m), e.time_ratio(m), _number(m.metrics.get(e.quality)), note)
 
     job = e.prepared.job.sampler
-    dense = [(m.sampler or f"{job.scheduler}:{job.steps}", m) for m in e.measured if m.plan is None]
+    dense = [(m.sampler or f"{job.scheduler}:{job.steps}", m) for m in e.distinct if m.plan is None]
     series = _dense_lines([(sampler, point(m, "")) for sampler, m in dense])
-    others = list(dict.fromkeys(m.kind for m in e.measured if m.plan and m.kind not in ALLOCATIONS))
+    others = list(dict.fromkeys(m.kind for m in e.distinct if m.plan and m.kind not in ALLOCATIONS))
     colours = {**dict(zip(others, cycle((GREEN, RED, *COLOURS[4:])), strict=False)), **KINDS}
     allocations = {**ALLOCATIONS, **{kind: f"{kind}, trained alike" for kind in others}}
     for (kind, words), marker in zip(allocations.items(), cycle(MARKERS), strict=False):
-        points = [point(m, m.budget if kind == "mixture" else "") for m in e.measured if m.plan and m.kind == kind]
+        points = [point(m, m.budget if kind == "mixture" else "") for m in e.distinct if m.plan and m.kind == kind]
         series.append(Series(words, points, _marks(colours[kind], marker), {**BELOW, "color": colours[kind]}))
     return _pareto(series, e.quality, e.unrelated_mse if e.quality == "paired_mse" else math.nan)
 

@@ -31,6 +31,8 @@ class Stage:
     """Whether what the stage left outside the run folder is still there."""
     fills: str = ""
     """A folder of the run that it fills beside its own, whatever the settings."""
+    leaves: Callable[[dict[str, Any]], Sequence[str]] = lambda result: ()
+    """What its result points to elsewhere in the run folder: paths relative to it, which other settings may share."""
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Context:
     identity: Mapping[str, str]
     say: Callable[[str], None]
     fingerprints: Mapping[str, str]
+    reused: bool = False
+    """A stage sets it if it found some of its work done, so that what its calls took is not all that it takes."""
 
     def folder_of(self, stage: str) -> Path:
         """The folder of a stage that is done."""
@@ -126,7 +130,7 @@ class Pipeline:
             started_cluster = cluster()  # before anything moves: a job that does not fit must cost nothing
         for stage in self.stages:
             if stage.name in redone:
-                self.store.set_aside(stage.name, self.fingerprints[stage.name], stage.fills)
+                self.store.set_aside(stage.name, self.fingerprints[stage.name], stage.fills, stage.leaves)
         results: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
             fingerprint = self.fingerprints[stage.name]
@@ -139,11 +143,10 @@ class Pipeline:
                 on_stage(stage.name, "running", 0.0)
                 started = time.time()
                 started_cluster.calls.clear()
-                result = stage.run(
-                    Context(job, started_cluster, self.store, folder, fingerprint, results, self.identity, say, self.fingerprints)
-                )
+                context = Context(job, started_cluster, self.store, folder, fingerprint, results, self.identity, say, self.fingerprints)
+                result = stage.run(context)
                 calls = [call.to_json() for call in started_cluster.calls]
-                self.store.finish(stage.name, fingerprint, result, started, time.time() - started, calls, resumed)
+                self.store.finish(stage.name, fingerprint, result, started, time.time() - started, calls, resumed or context.reused)
                 on_stage(stage.name, "finished", time.time() - started)
                 startup_s = sum(call["wall_s"] for call in calls) - sum(call["busy_s"] for call in calls)
                 if startup_s >= 1:

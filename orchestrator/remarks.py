@@ -75,7 +75,8 @@ def _against_uniform(e: Evidence, plan: MixturePlan) -> Remark:
     """Is the allocation worth anything? Paired over samples, so that the difference comes with its standard error."""
     mixture, uniform = e.mixture(plan), e.find(plan, "uniform")
     at = f"At {mixture.budget}, the mixture"
-    if uniform is None and any(trial.agent == "uniform" and trial.experts == plan.experts for trial in trials_of(e, plan)):
+    known = uniform is not None and not uniform.same_as  # as another network
+    if not known and any(t.agent == "uniform" and t.experts == plan.experts for t in trials_of(e, plan)):
         return Remark("warning", f"{at} is the uniform allocation itself: no agent found a better one.")
     if uniform is None:
         return Remark("note", f"{at} was not compared with the uniform allocation under the same fine-tuning (finetune.compare).")

@@ -148,6 +148,7 @@ def key_rows(e: Evidence, columns: Sequence[Column]) -> dict[str, list[Row]]:
             cells.append((column.text(row), best is not None and column.text(row) == format(best, column.form)))
         allocation = figures.ALLOCATIONS.get(m.kind) or (f"{m.kind}, trained alike" if m.plan else f"{m.kind} {m.sampler}".strip())
         name = f"mixture ({m.plan.agent})" if m.plan and m.kind == "mixture" else allocation
+        name += f" = {m.same_as}" if m.same_as else ""
         groups.setdefault(of_dense(m.plan.budget) if m.plan else "", []).append((name, cells))
     return groups
 
@@ -192,13 +193,13 @@ def expert_rows(plan: MixturePlan, influence: Sequence[float]) -> list[ExpertRow
 def draw(e: Evidence) -> dict[str, bytes]:
     """Every figure as PNG, by name."""
     plans = {f"{of_dense(plan.budget)} ({plan.agent})": plan for plan in e.chosen}
-    shown = [m for m in e.measured if not m.sampler and (m.kind != "cut only" or (m.plan and m.plan.budget == e.smallest.budget))]
+    shown = [m for m in e.distinct if not m.sampler and (m.kind != "cut only" or (m.plan and m.plan.budget == e.smallest.budget))]
     cut = e.results["partition"]
     curve = {int(k): float(v) for k, v in cut["curve"].items()}
     drawn = {
         "samples": figures.samples(shown, e.classes),
         "pareto": figures_quality.pareto(e),
-        "timesteps": figures_quality.timesteps(e.measured, e.partition.boundaries),
+        "timesteps": figures_quality.timesteps(e.distinct, e.partition.boundaries),
         "similarity": figures.similarity(e.matrix, e.partitions, cut["boundary_frequency"], curve),
         "architecture": figures.architecture(plans, e.prepared.table.space.sites),
         "cost": figures.cost(plans),

@@ -8,7 +8,6 @@ finetune    recover quality                    publish     is it good? keep it
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,23 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import __version__, encode, evaluation
+from orchestrator import __version__, encode, evaluation, experts
 from orchestrator.calibration import calibrate, read_influence
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry, is_published
-from orchestrator.scheduling import longest_first
 from orchestrator.store import RunStore, write_json
 from orchestrator.words import few_steps, predicts
 from workers import data, families, first_stage, latents, partition, tasks, tasks_evaluate, tasks_route
 from workers.contracts import (
     DenoiserRef,
-    ExpertCheckpoint,
     ExpertTask,
     ImageTask,
     LatencyTask,
     MixtureManifest,
-    MixturePlan,
     Partition,
     Provenance,
     RouteTask,
@@ -130,8 +126,8 @@ def specialize(ctx: Context) -> dict[str, Any]:
         )
         for interval in _partition(ctx).intervals
     }
-    experts = _fit_all(ctx, "specialize", jobs)
-    return {"experts": list(experts.values())}
+    found = experts.fit(ctx, "specialize", jobs, dict.fromkeys(jobs, ctx.fingerprint))
+    return {"experts": list(found.values())}
 
 
 def route(ctx: Context) -> dict[str, Any]:
@@ -168,14 +164,13 @@ def route_task(ctx: Context, stage: str = "route") -> RouteTask:
     """What the trials of a plan search share: the elastic experts, and what was measured of them."""
     job, settings = ctx.job, ctx.job.router
     images, train, _ = _images(ctx)
-    experts = tuple(_located(ctx, e) for e in ctx.results["specialize"]["experts"])
     item = RouteTask(
         model=job.model.path,
         images=images,
         rows=tuple(train[-settings.images :]),
         partition=_partition(ctx),
         elastic=job.elastic_settings(),
-        experts=experts,
+        experts=tuple(experts.located(ctx, e) for e in ctx.results["specialize"]["experts"]),
         budget=job.budget(0),
         agent="uniform",
         seed=job.seed,
@@ -189,12 +184,16 @@ def route_task(ctx: Context, stage: str = "route") -> RouteTask:
 
 
 def finetune(ctx: Context) -> dict[str, Any]:
-    """Extract each chosen sub-network as a plain small denoiser and train it on its interval; other agents' too, to compare."""
+    """Extract each chosen sub-network as a plain small denoiser and train it on its interval; other agents' too, to compare.
+
+    Equal ones are trained once, and not at all if they are there: `experts`.
+    """
     job, settings = ctx.job, ctx.job.finetune
     images, train, _ = _images(ctx)
-    elastic = [_located(ctx, e) for e in ctx.results["specialize"]["experts"]]
+    elastic = [experts.located(ctx, e) for e in ctx.results["specialize"]["experts"]]
+    plans = experts.plans(ctx)
     jobs = {
-        _unit(plan, k): ExpertTask(
+        experts.unit(label, interval): ExpertTask(
             stage="finetune",
             model=job.model.path,
             images=images,
@@ -204,23 +203,26 @@ def finetune(ctx: Context) -> dict[str, Any]:
             train=settings.settings(),
             random_networks=0,
             importance_images=1,
-            seed=derive_seed(job.seed, "finetune", plan.budget.name),
+            seed=derive_seed(job.seed, "finetune"),  # the same images and noise for every plan: a fair comparison
             flip=job.data.flip,
             class_dropout=job.data.class_dropout,
             source=elastic[k].path,
             spec=plan.experts[k],
-            label=plan.budget.name + (f" {plan.agent}" if settings.compare else ""),
+            label=label,
         )
-        for plan in _plans(ctx)
+        for label, plan in plans.items()
         for k, interval in enumerate(plan.partition.intervals)
     }
-    return {"experts": _fit_all(ctx, "finetune", jobs)}
+    for label, other in experts.equals(plans).items():
+        ctx.say(f"  {label} = {other}: the same sub-networks, trained and measured once")
+    keys = {name: experts.key_of(ctx, task, elastic) for name, task in jobs.items()}
+    return {"experts": experts.fit(ctx, "finetune", jobs, keys)}
 
 
 def publish(ctx: Context) -> dict[str, Any]:
     """Measure dense, every mixture and its baselines on the same images and noise; publish, verify, report."""
     job = ctx.job
-    denoisers = _denoisers(ctx)
+    denoisers = experts.denoisers(ctx)
     measured = evaluate(ctx, rows(ctx))
     metrics = evaluation.read_table(measured)
     write_json(ctx.folder / "metrics.json", metrics)
@@ -265,7 +267,7 @@ def rows(ctx: Context, published: Mapping[str, DenoiserRef] | None = None) -> di
     """What the table of results is about, also before there are mixtures; ``published`` versions are added."""
     whole = families.load_scheduler_config(ctx.job.model.path)["num_train_timesteps"]
     cuts = _partition(ctx) if "partition" in ctx.results else Partition.from_boundaries([], whole)
-    made = _denoisers(ctx) if "finetune" in ctx.results else {"dense": DenoiserRef("dense")}
+    made = experts.denoisers(ctx) if "finetune" in ctx.results else {"dense": DenoiserRef("dense")}
     return evaluation.rows_of(ctx, {**made, **(published or {})}, cuts)
 
 
@@ -302,6 +304,7 @@ STAGES = (
         ("elastic", "specialize", "data.flip", "data.class_dropout"),
         ("specialize.checkpoint_every",),
         version=2,
+        leaves=lambda result: experts.folders(result["experts"]),
     ),
     Stage(
         "route",
@@ -310,7 +313,15 @@ STAGES = (
         ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps", "sampler.guidance_scale", "finetune.compare"),
         version=3,
     ),
-    Stage("finetune", finetune, ("route",), ("finetune",), ("finetune.checkpoint_every",), version=2),
+    Stage(
+        "finetune",
+        finetune,
+        ("route",),
+        ("finetune",),
+        ("finetune.checkpoint_every",),
+        version=experts.VERSION,
+        leaves=lambda result: experts.folders(result["experts"].values()),
+    ),
     Stage(
         "publish",
         publish,
@@ -330,6 +341,7 @@ STAGES = (
         version=2,
         holds=lambda result: all(is_published(version["path"]) for version in result["published"].values()),
         fills=evaluation.FOLDER,
+        leaves=lambda result: [*result["rows"].values()],
     ),
 )
 
@@ -424,72 +436,3 @@ def _latency(ctx: Context) -> str | None:
     for i, budget in enumerate(job.budgets):
         require_reachable(table, budget.ratio, f"budgets.{i}.ratio", budget.metric)
     return str(path)
-
-
-def _fit_all(ctx: Context, stage: str, jobs: dict[str, ExpertTask]) -> dict[str, dict[str, Any]]:
-    """Train what has no record yet. A record per finished run, so that a resumed stage does not start trainers for nothing."""
-    records = {name: ctx.folder / f"{name}.json" for name in jobs}
-    todo = {f"{stage}-{name}-{ctx.fingerprint[:8]}": name for name in jobs if not records[name].exists()}
-    storage = ctx.store.folder / "train"
-    order = longest_first({run: _work(jobs[name], storage / run) for run, name in todo.items()})
-
-    def record(run: str, expert: ExpertCheckpoint) -> None:
-        inside = Path(expert.path).relative_to(ctx.store.folder)  # a run folder may be moved
-        write_json(records[todo[run]], replace(expert, path=inside.as_posix()).to_json())
-
-    storage.mkdir(exist_ok=True)
-    if todo:
-        ctx.cluster.fit_all(tasks.train_expert, {run: jobs[todo[run]] for run in order}, storage, record)
-    return {name: json.loads(path.read_text()) for name, path in records.items()}
-
-
-def _work(task: ExpertTask, folder: Path) -> float:
-    """Multiply-accumulates that are left of training an expert, about: the teacher forward, each sub-network forward and backward."""
-    table = cost_table(families.load_config(task.model), task.elastic)
-    networks = table.cost(task.spec).macs if task.spec else table.dense.macs * (1 + task.random_networks)
-    done = max((int(step.name.removeprefix("step_")) for step in folder.glob("step_*")), default=0)
-    return (task.train.steps - done) * task.train.batch_size * (table.dense.macs + 3 * networks)
-
-
-def _located(ctx: Context, expert: dict[str, Any]) -> ExpertCheckpoint:
-    """A stored checkpoint, with its path made absolute."""
-    found = ExpertCheckpoint.from_json(expert)
-    return replace(found, path=str(ctx.store.folder / found.path))
-
-
-def _plans(ctx: Context) -> list[MixturePlan]:
-    """The chosen plan of every budget, and beside it those of the agents it is compared with, where they are others."""
-    plans = []
-    for chosen in ctx.results["route"]["chosen"].values():
-        best = MixturePlan.from_json(chosen)
-        plans.append(best)
-        others = (_best_of(ctx, agent, best) for agent in ctx.job.finetune.compare)
-        plans += [plan for plan in others if plan.agent != best.agent and plan.experts != best.experts]
-    return plans
-
-
-def _best_of(ctx: Context, agent: str, plan: MixturePlan) -> MixturePlan:
-    """An agent's own plan at another plan's budget: the best of its seeds."""
-    trials = map(MixturePlan.from_json, ctx.results["route"]["trials"])
-    return min((trial for trial in trials if trial.agent == agent and trial.budget == plan.budget), key=lambda trial: trial.loss)
-
-
-def _unit(plan: MixturePlan, k: int) -> str:
-    return f"{plan.budget.name}-{plan.agent}-{plan.partition.intervals[k].name}"
-
-
-def _denoisers(ctx: Context) -> dict[str, DenoiserRef]:
-    """Everything that is measured: dense; per budget the mixture, those of other agents, and the pretrained net cut uniformly."""
-    experts = ctx.results["finetune"]["experts"]
-    elastic = tuple(_located(ctx, e) for e in ctx.results["specialize"]["experts"])
-    denoisers = {"dense": DenoiserRef("dense")}
-    for plan in _plans(ctx):
-        refs = tuple(_located(ctx, experts[_unit(plan, k)]) for k in range(len(plan.experts)))
-        label = plan.budget.name if plan.budget.name not in denoisers else f"{plan.budget.name} {plan.agent}"
-        denoisers[label] = DenoiserRef(label, plan, refs, unit=ctx.job.elastic.unit)
-    for budget, chosen in ctx.results["route"]["chosen"].items():
-        if not ctx.job.evaluate.cut_only:
-            break
-        uniform = _best_of(ctx, "uniform", MixturePlan.from_json(chosen))
-        denoisers[f"{budget} cut only"] = DenoiserRef(f"{budget} cut only", uniform, elastic, cut_only=True, unit=ctx.job.elastic.unit)
-    return denoisers

@@ -4,7 +4,7 @@
                      job.json                     the job and the command of the last `run`
                      cache/                       decoded images, shared by all stages
                      <stage>-<fingerprint>/       one stage under one set of settings; done.json is written last
-                     train/<stage>-<unit>-<fp>/   checkpoints of the trainers
+                     train/<stage>-<unit>-<key>/  checkpoints of the trainers, shared by all settings that ask for the same
                      evaluation/                  what was measured, a file per row of the table
                      tensorboard/                 curves of every expert, a folder each
                      progress.json                what is at work now, or how it ended
@@ -18,7 +18,7 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,18 +142,29 @@ class RunStore:
             return "partial"
         return "stale" if any(self.folder.glob(f"{stage}-????????/done.json")) else "new"
 
-    def set_aside(self, stage: str, fingerprint: str, fills: str = "") -> None:
-        """Rename what was finished under this fingerprint, and the folder that the stage ``fills``, so that it is made again.
+    def set_aside(
+        self, stage: str, fingerprint: str, fills: str = "", leaves: Callable[[dict[str, Any]], Sequence[str]] = lambda result: ()
+    ) -> None:
+        """Rename what was finished under this fingerprint, the folder that the stage ``fills``, and all that it ``leaves``, so that it is
+        made again; results under other settings that point to any of that go with it.
 
         Nothing is deleted, and unfinished work goes on.
         """
-        if self.done(stage, fingerprint) is None:
+        record = self.done(stage, fingerprint)
+        if record is None:
             return
-        also = [self.folder / fills] if fills else []
-        for folder in (self.stage_folder(stage, fingerprint), *self.folder.glob(f"train/{stage}-*-{fingerprint[:8]}"), *also):
-            if folder.is_dir():
-                number = next(n for n in range(1, 10000) if not folder.with_name(f"{folder.name}.aside{n}").exists())
-                folder.rename(folder.with_name(f"{folder.name}.aside{number}"))
+        left = {*leaves(record["result"]), *([fills] if fills else [])}
+
+        def points_to_it(result: dict[str, Any]) -> bool:
+            return any(name in left or name.partition("/")[0] == fills for name in leaves(result))
+
+        records = {path.parent.name: read_json(path) or {} for path in self.folder.glob(f"{stage}-????????/done.json")}
+        names = {self.stage_folder(stage, fingerprint).name, *left}
+        names |= {name for name, other in records.items() if points_to_it(other.get("result", {}))}
+        for path in (self.folder / name for name in sorted(names)):
+            if path.exists():
+                number = next(n for n in range(1, 10000) if not path.with_name(f"{path.name}.aside{n}").exists())
+                path.rename(path.with_name(f"{path.name}.aside{number}"))
 
 
 def _writer_lives(temporary: Path) -> bool:

@@ -208,7 +208,7 @@ def test_a_whole_run_is_watched_by_gauges_by_trains_state_and_by_curves(head, us
     found = [json.loads(line) for line in out.splitlines()]
     assert found[-1]["end"]["exit_code"] == 0
     trainers = {trainer["name"][:10]: trainer for told in found for trainer in told["trainers"] if trainer["workers"]}
-    assert set(trainers) == {"specialize", "finetune-m"}
+    assert set(trainers) == {"specialize", "finetune-t"}
     assert all(Path(worker["log_file_path"]).is_file() for trainer in trainers.values() for worker in trainer["workers"])
     curves = user / "shared" / "runs" / name / "tensorboard"
     assert {path.parent.parent.name for path in curves.rglob("events.out.tfevents.*")} >= {"specialize", "finetune"}

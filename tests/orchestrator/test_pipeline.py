@@ -266,17 +266,43 @@ def test_redo_twice_keeps_both(toys):
     assert folders == ["", "aside1", "aside2"]
 
 
-def test_redo_sets_the_trainers_of_the_stage_aside_too(toys):
+def leaving(toys) -> None:
+    """From now on grow leaves a trainer, named by how much it grows, beside its own folder."""
+    start, grow, tell = toys.stages
+
+    def run(ctx: Context) -> dict:
+        name = f"train/grow-{ctx.job['grow']['by']}"
+        (ctx.store.folder / name).mkdir(parents=True, exist_ok=True)
+        (ctx.store.folder / name / "state").write_text(name)
+        return {**toys.grow(ctx), "left": [name]}
+
+    toys.stages = (start, Stage("grow", run, grow.needs, grow.reads, leaves=lambda result: result["left"]), tell)
+
+
+def test_redo_sets_aside_what_the_stage_left_elsewhere_too(toys):
+    leaving(toys)
+    toys.run(changed(grow={"by": 5, "times": 1}))
     toys.run()
-    fingerprint = toys.pipeline().fingerprints["grow"][:8]
-    mine, other = toys.folder / "train" / f"grow-t0000-0500-{fingerprint}", toys.folder / "train" / "grow-t0000-0500-00000000"
-    for folder in (mine, other):
-        (folder / "step_0000002").mkdir(parents=True)
-        (folder / "step_0000002" / "state").write_text(folder.name)
-    toys.run(redo=["grow"])
-    assert not mine.exists()
-    assert (mine.with_name(f"{mine.name}.aside1") / "step_0000002" / "state").read_text() == mine.name
-    assert other.exists()
+    mine, other = toys.folder / "train" / "grow-2", toys.folder / "train" / "grow-5"
+    toys.run(redo=["grow"], only="grow")
+    assert mine.exists(), "made again"
+    assert (mine.with_name("grow-2.aside1") / "state").read_text() == "train/grow-2"
+    assert not other.with_name("grow-5.aside1").exists()
+    assert toys.pipeline(changed(grow={"by": 5, "times": 1})).states()["grow"] == "done"
+
+
+def test_redo_leaves_no_result_of_other_settings_that_points_to_what_was_set_aside(toys):
+    leaving(toys)
+    shared = changed(grow={"by": 2, "times": 7})
+    toys.run(shared)
+    toys.run()
+    assert {path.name for path in (toys.folder / "train").iterdir()} == {"grow-2"}, "both use one trainer"
+    toys.broken = {"grow"}
+    with pytest.raises(RuntimeError):
+        toys.run(redo=["grow"])
+    assert toys.pipeline(shared).states()["grow"] == "new"
+    toys.broken.clear()
+    assert toys.run(shared)["grow"] == {"value": 14, "left": ["train/grow-2"]}
 
 
 def test_redo_of_something_that_was_never_made_just_runs(toys):

@@ -128,16 +128,14 @@ def finished_run(
         best = min(found, key=lambda p: p.loss)
         trials += found
         chosen[budget.name] = best
-        kinds = {"": (best, errors[0]), " cut only": (found[0], 0.8)} | (
-            {" uniform": (found[0], errors[1])} if best is not found[0] else {}
-        )
-        for kind, (of, error) in kinds.items():
+        kinds = {"": errors[0], " cut only": 0.8} | ({" uniform": errors[1]} if best is not found[0] else {})
+        for kind, error in kinds.items():
             noisy = arrays["dense"] + error * rng.standard_normal(arrays["dense"].shape)
             arrays[budget.name + kind] = noisy.astype(np.float32)
             mse = float(np.square(arrays[budget.name + kind] - arrays["dense"]).mean())
             measured[budget.name + kind] = metrics(0.021 + error / 10, mse, 40 * ratio * slower + error)
             for interval in partition.intervals if kind != " cut only" else ():
-                name = f"{budget.name}-{of.agent}-{interval.name}"
+                name = f"{budget.name}{kind} {interval.name}"
                 tuned[name] = expert(name, interval, 2000.0).to_json()
         published[budget.name] = {"reference": f"tiny:{number}", "path": str(folder / "registry" / "tiny" / str(number))}
     results = {
