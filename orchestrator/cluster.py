@@ -169,14 +169,14 @@ class TrialLog:
         self.folder = storage / "search"
         self.folder.mkdir(exist_ok=True)
 
-    def _file(self, key: str) -> Path:
+    def file(self, key: str) -> Path:
         return self.folder / f"{key.replace('/', ' ').replace(':', '-')}.json"
 
     def read(self, keys: Iterable[str]) -> dict[str, SearchTrial]:
-        return {key: SearchTrial.from_json(json.loads(self._file(key).read_text())) for key in keys if self._file(key).exists()}
+        return {key: SearchTrial.from_json(json.loads(self.file(key).read_text())) for key in keys if self.file(key).exists()}
 
     def write(self, key: str, trial: SearchTrial) -> None:
-        write_json(self._file(key), trial.to_json())
+        write_json(self.file(key), trial.to_json())
 
 
 def task_name(task: Task) -> str:

@@ -32,7 +32,9 @@ class Stage:
     fills: str = ""
     """A folder of the run that it fills beside its own, whatever the settings."""
     leaves: Callable[[dict[str, Any]], Sequence[str]] = lambda result: ()
-    """What its result points to elsewhere in the run folder: paths relative to it, which other settings may share."""
+    """Elsewhere in the run folder, what its result came with: paths relative to it, which other settings may share."""
+    leans: bool = True
+    """Whether its result is worth nothing without what it leaves."""
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Pipeline:
             started_cluster = cluster()  # before anything moves: a job that does not fit must cost nothing
         for stage in self.stages:
             if stage.name in redone:
-                self.store.set_aside(stage.name, self.fingerprints[stage.name], stage.fills, stage.leaves)
+                self.store.set_aside(stage.name, self.fingerprints[stage.name], stage.fills, stage.leaves, stage.leans)
         results: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
             fingerprint = self.fingerprints[stage.name]

@@ -7,23 +7,22 @@ finetune    recover quality                    publish     is it good? keep it
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator import __version__, encode, evaluation, experts
+from orchestrator import __version__, encode, evaluation, experts, searching
 from orchestrator.calibration import calibrate, read_influence
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import Registry, is_published
+from orchestrator.searching import search_plans
 from orchestrator.store import RunStore, write_json
-from orchestrator.words import few_steps, predicts
-from workers import data, families, first_stage, latents, partition, tasks, tasks_evaluate, tasks_route
+from orchestrator.words import few_steps, predicts, spent
+from workers import data, diffusion, families, first_stage, latents, partition, tasks, tasks_evaluate
 from workers.contracts import (
     DenoiserRef,
     ExpertTask,
@@ -89,6 +88,7 @@ def cut(ctx: Context) -> dict[str, Any]:
         scheduler_config=families.load_scheduler_config(job.model.path),
     )
     chosen = Partition.from_json(found["partition"])
+    _warn_of_few_steps(ctx, chosen)  # before anything is trained for them
     reliability = float(np.median(matrix.reliability))
     if reliability < 0.5:
         ctx.say(
@@ -132,27 +132,26 @@ def specialize(ctx: Context) -> dict[str, Any]:
 
 def route(ctx: Context) -> dict[str, Any]:
     """Every agent searches every budget; per budget the plan with the lowest loss is chosen, on images no agent searched on."""
-    job, settings = ctx.job, ctx.job.router
-    item = route_task(ctx)
-    counted = read_influence(item)
+    job, item = ctx.job, calibrate(ctx, route_task(ctx))
     budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
-    axes = {"budget": list(budgets), "agent": agents_of(job), "seed": settings.seeds}
-    trials = {
-        f"{budget}/{agent}/{seed}": replace(item, budget=budgets[budget], agent=agent, search_seed=seed)
-        for budget, agent, seed in itertools.product(*axes.values())
-    }
-    found = ctx.cluster.search(tasks_route.search_plan, axes, trials, ctx.folder)
-    plans = [trial.plan for trial in found.values() if trial.plan]
-    chosen = {budget: min((p for p in plans if p.budget.name == budget), key=lambda p: p.loss) for budget in budgets}
-    for budget, plan in chosen.items():
-        losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in plans if p.budget.name == budget)
-        ctx.say(f"  {budget}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} (search loss: {losses})")
-    served = {f"{p.budget.scheduler}:{p.budget.steps}": [round(share * p.budget.steps) for share in p.shares] for p in chosen.values()}
+    found, counted = search_plans(ctx, item, budgets.values(), agents_of(job), job.router.seeds), read_influence(item)
+    chosen = {name: min((p for p in found.plans if p.budget == budget), key=lambda p: p.loss) for name, budget in budgets.items()}
+    for name, plan in chosen.items():
+        losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in found.plans if p.budget == plan.budget)
+        ctx.say(f"  {name}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} (search loss: {losses})")
+    if found.known:
+        ctx.say(f"  {found.known} of the {len(found.plans)} plans were there from earlier searches")
     counts = ", ".join(f"{interval.name} {count:.2g}" for interval, count in zip(item.partition.intervals, counted, strict=True))
     ctx.say(f"  an error counts, by the samples it moves: {counts}")
-    for warning in few_steps(item.partition, served):
-        ctx.say(f"  warning: {warning}")
-    return {"chosen": {b: p.to_json() for b, p in chosen.items()}, "trials": [p.to_json() for p in plans], "influence": counted}
+    ctx.say(f"  search: {spent(found.seconds)}")
+    _warn_of_few_steps(ctx, item.partition)
+    return {
+        "chosen": {name: plan.to_json() for name, plan in chosen.items()},
+        "trials": [plan.to_json() for plan in found.plans],
+        "influence": counted,
+        "seconds": found.seconds,
+        "searches": found.files,
+    }
 
 
 def agents_of(job: JobConfig) -> list[str]:
@@ -164,7 +163,7 @@ def route_task(ctx: Context, stage: str = "route") -> RouteTask:
     """What the trials of a plan search share: the elastic experts, and what was measured of them."""
     job, settings = ctx.job, ctx.job.router
     images, train, _ = _images(ctx)
-    item = RouteTask(
+    return RouteTask(
         model=job.model.path,
         images=images,
         rows=tuple(train[-settings.images :]),
@@ -180,7 +179,6 @@ def route_task(ctx: Context, stage: str = "route") -> RouteTask:
         stage=stage,
         mixed_precision=job.specialize.mixed_precision,
     )
-    return calibrate(ctx, item)
 
 
 def finetune(ctx: Context) -> dict[str, Any]:
@@ -311,7 +309,9 @@ STAGES = (
         route,
         ("specialize",),
         ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps", "sampler.guidance_scale", "finetune.compare"),
-        version=3,
+        version=searching.VERSION,
+        leaves=lambda result: result["searches"],
+        leans=False,
     ),
     Stage(
         "finetune",
@@ -351,6 +351,20 @@ STAGES = (
 
 def _partition(ctx: Context) -> Partition:
     return Partition.from_json(ctx.results["partition"]["partition"])
+
+
+def _warn_of_few_steps(ctx: Context, cuts: Partition) -> None:
+    for text in few_steps(cuts, steps_served(ctx.job.model.path, cuts, [(ctx.job.sampler.scheduler, ctx.job.sampler.steps)])):
+        ctx.say(f"  warning: {text}")
+
+
+def steps_served(model: str, cuts: Partition, samplers: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    """How many of a sampler's steps each expert serves, by the sampler's name, as in ``ddim:50``."""
+    config = families.load_scheduler_config(model)
+    return {
+        f"{scheduler}:{steps}": list(diffusion.steps_per_expert(cuts, diffusion.sampler_timesteps(scheduler, config, steps)))
+        for scheduler, steps in samplers
+    }
 
 
 def _images(ctx: Context) -> tuple[str, list[int], list[int]]:

@@ -143,10 +143,15 @@ class RunStore:
         return "stale" if any(self.folder.glob(f"{stage}-????????/done.json")) else "new"
 
     def set_aside(
-        self, stage: str, fingerprint: str, fills: str = "", leaves: Callable[[dict[str, Any]], Sequence[str]] = lambda result: ()
+        self,
+        stage: str,
+        fingerprint: str,
+        fills: str = "",
+        leaves: Callable[[dict[str, Any]], Sequence[str]] = lambda result: (),
+        leans: bool = True,
     ) -> None:
         """Rename what was finished under this fingerprint, the folder that the stage ``fills``, and all that it ``leaves``, so that it is
-        made again; results under other settings that point to any of that go with it.
+        made again; if it ``leans`` on that, results under other settings that lean on the same go with it.
 
         Nothing is deleted, and unfinished work goes on.
         """
@@ -160,7 +165,7 @@ class RunStore:
 
         records = {path.parent.name: read_json(path) or {} for path in self.folder.glob(f"{stage}-????????/done.json")}
         names = {self.stage_folder(stage, fingerprint).name, *left}
-        names |= {name for name, other in records.items() if points_to_it(other.get("result", {}))}
+        names |= {name for name, other in records.items() if leans and points_to_it(other.get("result", {}))}
         for path in (self.folder / name for name in sorted(names)):
             if path.exists():
                 number = next(n for n in range(1, 10000) if not path.with_name(f"{path.name}.aside{n}").exists())

@@ -13,17 +13,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator import figures_sweep
+from orchestrator import figures_sweep, searching
+from orchestrator.calibration import calibrate
 from orchestrator.config import BudgetConfig, JobConfig
 from orchestrator.pipeline import Context, Pipeline, Stage
 from orchestrator.planning import Prepared
-from orchestrator.stages import STAGES, agents_of, route_task
+from orchestrator.searching import search_fronts
+from orchestrator.stages import STAGES, agents_of, route_task, steps_served
 from orchestrator.words import few_steps
-from workers import diffusion, families, names_in, routers, tasks_route
+from workers import diffusion, families, names_in, tasks_route
 from workers.contracts import METRICS, Budget, InputError, Partition, RouteTask, digest_of
 from workers.cost import require_reachable
 from workers.files import replacing
-from workers.trials import FrontTask, SearchTrial
+from workers.trials import SearchTrial
 
 TABLE = pa.schema(
     [
@@ -68,11 +70,6 @@ class Axes:
     agents: tuple[str, ...]
     seeds: tuple[int, ...]
     stop_early: bool
-
-    @property
-    def fronts(self) -> tuple[str, ...]:
-        """The agents of which one search serves all budgets of a sampler and a seed."""
-        return tuple(agent for agent in self.agents if len(self.ratios) > 1 and routers.serves_fronts(agent))
 
     def budgets(self) -> dict[tuple[str, str], Budget]:
         """(name of the budget, sampler) -> the budget."""
@@ -158,7 +155,7 @@ def with_sweep(prepared: Prepared, axes: Axes) -> Prepared:
         needs=("specialize",),
         reads=("router", "sweep"),
         ignores=("router.agents", "router.seeds"),
-        version=10 * STAGES[place].version + 1,  # what a search finds changes for both
+        version=10 * searching.VERSION + 1,  # what a search finds changes for both
     )
     timing = digest_of(prepared.job.timing().to_json()) if axes.metric == "latency" else ""
     before = prepared.pipeline
@@ -175,48 +172,32 @@ def sweep(axes: Axes, ctx: Context) -> dict[str, Any]:
     budgets = axes.budgets()
     asked = [BudgetConfig(metric=axes.metric, ratio=ratio) for ratio in axes.ratios]
     item = route_task(replace(ctx, job=ctx.job.model_copy(update={"budgets": asked})), "sweep")
+    of_sampler = {sampler: budget for (_, sampler), budget in budgets.items()}
+    calibrated = {sampler: calibrate(ctx, replace(item, budget=budget)) for sampler, budget in of_sampler.items()}
     trials = {
-        f"{name}/{sampler}/{agent}/{seed}": replace(item, budget=budget, agent=agent, search_seed=seed)
+        f"{name}/{sampler}/{agent}/{seed}": replace(calibrated[sampler], budget=budget, agent=agent, search_seed=seed)
         for ((name, sampler), budget), agent, seed in itertools.product(budgets.items(), axes.agents, axes.seeds)
     }
-    found = _fronts(ctx, axes, budgets, item)
+
+    def front(task: RouteTask, _: Sequence[Budget]) -> Path:
+        return ctx.folder / f"front-{task.budget.scheduler}-{task.budget.steps}-{task.agent}-{task.search_seed}.json"
+
+    found = search_fronts(ctx, trials, front)
     values = {
         "budget": list(dict.fromkeys(name for name, _ in budgets)),
         "sampler": list(axes.samplers),
-        "agent": [agent for agent in axes.agents if agent not in axes.fronts],
+        "agent": list(axes.agents),
         "seed": list(axes.seeds),
     }
     alone = {key: task for key, task in trials.items() if key not in found}
     found |= ctx.cluster.search(tasks_route.search_plan, values, alone, ctx.folder, axes.stop_early)
-    served = {}
-    scheduler = families.load_scheduler_config(ctx.job.model.path)
-    for sampler, budget in {sampler: budget for (_, sampler), budget in budgets.items()}.items():
-        timesteps = diffusion.sampler_timesteps(budget.scheduler, scheduler, budget.steps)
-        served[sampler] = diffusion.steps_per_expert(item.partition, timesteps)
+    served = steps_served(ctx.job.model.path, item.partition, [(budget.scheduler, budget.steps) for budget in of_sampler.values()])
     rows = [_row(task.budget, task.agent, task.search_seed, found[key], served) for key, task in trials.items()]
     with replacing(ctx.folder / "trials.parquet") as path:
         pq.write_table(pa.Table.from_pylist(rows, schema=TABLE), path)
     with replacing(ctx.folder / "pareto.png") as path:
         path.write_bytes(figures_sweep.pareto(rows))
     return {"axes": asdict(axes), "partition": item.partition.to_json(), "served": served}
-
-
-def _fronts(ctx: Context, axes: Axes, budgets: Mapping[tuple[str, str], Budget], item: RouteTask) -> dict[str, SearchTrial]:
-    """The trials of agents that serve all budgets in one search, by their keys; a search that ended is not run again."""
-    fronts = {
-        (sampler, agent, seed): FrontTask(
-            task=replace(item, agent=agent, search_seed=seed),
-            budgets=tuple(budget for (_, of), budget in budgets.items() if of == sampler),
-            out=str(ctx.folder / f"front-{sampler.replace(':', '-')}-{agent}-{seed}.json"),
-        )
-        for sampler, agent, seed in itertools.product(axes.samplers, axes.fronts, axes.seeds)
-    }
-    ctx.cluster.scatter(tasks_route.search_front, [front for front in fronts.values() if not Path(front.out).exists()])
-    found: dict[str, SearchTrial] = {}
-    for (sampler, agent, seed), front in fronts.items():
-        trials = map(SearchTrial.from_json, json.loads(Path(front.out).read_text()))
-        found |= {f"{budget.name}/{sampler}/{agent}/{seed}": trial for budget, trial in zip(front.budgets, trials, strict=True)}
-    return found
 
 
 def _row(budget: Budget, agent: str, seed: int, trial: SearchTrial, served: Mapping[str, Sequence[int]]) -> dict[str, Any]:

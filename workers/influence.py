@@ -33,6 +33,11 @@ DIRECTIONS = 64
 """Features are compared in at most so many directions, those in which dense's vary most."""
 
 
+def drawn_with(sampler: str, steps: int) -> tuple[str, int]:
+    """The sampler, and its steps, that samples are drawn with here to tell what errors count under another one."""
+    return sampler if sampler.startswith("ddim") else "ddim", min(steps, STEPS)
+
+
 @dataclass(frozen=True)
 class Probe:
     """The same n samples, drawn by DDIM without added noise: by dense, or with another network in one interval."""
@@ -120,8 +125,9 @@ class Probe:
         return found
 
     def _sampler(self) -> Any:
-        sampler = make_sampler(self.sampler if self.sampler.startswith("ddim") else "ddim", dict(self.config))
-        sampler.set_timesteps(min(self.steps, STEPS))
+        name, steps = drawn_with(self.sampler, self.steps)
+        sampler = make_sampler(name, dict(self.config))
+        sampler.set_timesteps(steps)
         return sampler
 
     def _chunks(self) -> list[slice]:

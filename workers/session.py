@@ -100,6 +100,10 @@ class RayTaskSession(Session):
         if self.mailbox is not None:
             self.mailbox.update.remote(event.to_json())
 
+    def report_search(self, trial: SearchTrial) -> None:
+        if trial.plan is not None and self.mailbox is not None:
+            self.mailbox.planned.remote(trial.plan.to_json())
+
 
 class RayTrialSession(RayTaskSession):
     """Inside a Tune trial: every report goes to its scheduler, which may end the trial in it."""
@@ -111,8 +115,7 @@ class RayTrialSession(RayTaskSession):
     def report_search(self, trial: SearchTrial) -> None:
         from ray import tune
 
-        if trial.plan is not None and self.mailbox is not None:
-            self.mailbox.planned.remote(trial.plan.to_json())
+        super().report_search(trial)
         # the scheduler ends a trial at 100, which is to be the report that holds the plan
         percent = 100 if trial.plan else min(99, int(100 * trial.progress))
         outcome = json.dumps(trial.to_json())

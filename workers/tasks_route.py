@@ -87,7 +87,7 @@ def _shared(item: RouteTask) -> RouteTask:
 
 
 def expert_sensitivity(session: Session, item: tuple[RouteTask, int, str]) -> str:
-    """Write expert k's sensitivity table (site -> choice -> loss rise) as JSON."""
+    """Write expert k's sensitivity table as JSON: ``rises`` (site -> choice -> loss rise), and the ``seconds`` that it took."""
     task, k, out = item
     unit, started = f"sensitivity {task.experts[k].interval.name}", time.time()
     session.report(Progress(task.stage, unit, 0, 1))
@@ -95,7 +95,7 @@ def expert_sensitivity(session: Session, item: tuple[RouteTask, int, str]) -> st
     table = sensitivity.measure_sensitivity(experts[k], search[k])
     session.report(Progress(task.stage, unit, 1, 1, seconds=time.time() - started))
     with replacing(Path(out)) as path:
-        path.write_text(json.dumps(table))
+        path.write_text(json.dumps({"rises": table, "seconds": round(time.time() - started, 2)}))
     return out
 
 
@@ -161,6 +161,8 @@ def search_front(session: Session, item: FrontTask) -> str:
     trials = _search(session, item.task, item.budgets)
     with replacing(Path(item.out)) as path:
         path.write_text(json.dumps([trial.to_json() for trial in trials]))
+    for trial in trials:
+        session.report_search(trial)
     return item.out
 
 
@@ -230,9 +232,8 @@ def _problem(item: RouteTask) -> routers.RouteProblem:
         table = table.with_latency(LatencyTable.load(Path(item.latency)))
     timesteps = sampler_timesteps(item.budget.scheduler, families.load_scheduler_config(item.model), item.budget.steps)
     shares = tuple(count / len(timesteps) for count in steps_per_expert(item.partition, timesteps))
-    tables = [
-        {s: {int(c): v for c, v in row.items()} for s, row in json.loads(Path(path).read_text()).items()} for path in item.sensitivity
-    ]
+    measured = [json.loads(Path(path).read_text())["rises"] for path in item.sensitivity]
+    tables = [{site: {int(choice): rise for choice, rise in row.items()} for site, row in rises.items()} for rises in measured]
     influence = json.loads(Path(item.influence).read_text())["influence"] if item.influence else [1.0] * len(experts)
     counts = [share * value for share, value in zip(shares, influence, strict=True)]
     weights = [count / sum(counts) for count in counts]
