@@ -146,6 +146,7 @@ def _plan_text(found: dict[str, Any]) -> str:
         estimate = (gpu_text if gpu else f"{hours(s['cpu_core_hours'])} core-h") if s["cpu_core_hours"] >= 0.01 else "seconds"
         taken = "" if s["seconds_taken"] is None else f"{s['seconds_taken']:.0f} s"
         lines.append(f"{s['stage']:<12}{s['state']:<9}{s['work']:<20}{worker:<18}{estimate:<24}{taken}".rstrip())
+    lines += [f"warning: {text}" for text in found["warnings"]]
     return "\n".join(lines)
 
 

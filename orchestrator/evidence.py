@@ -100,6 +100,13 @@ class Evidence:
         """What is worth drawing: every mixture, and of what else was measured all that is not the same as a row before it."""
         return [m for m in self.measured if not m.same_as or m.kind == "mixture"]
 
+    @property
+    def training_s(self) -> float:
+        """Workers' time of training all experts, elastic and small, each once."""
+        trained = [*self.results["specialize"]["experts"], *self.results["finetune"]["experts"].values()]
+        seconds = {expert["path"]: expert.get("seconds", 0.0) for expert in trained}
+        return sum(seconds.values()) * self.prepared.job.resources.workers_per_expert
+
     def macs_ratio(self, m: Measured) -> float:
         """MACs of a whole trajectory, dense's under the job's sampler being 1."""
         return m.metrics["calls"] / self.dense.metrics["calls"] * (m.plan.macs_ratio if m.plan else 1.0)

@@ -12,11 +12,12 @@ from orchestrator import evaluation
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Pipeline
 from orchestrator.registry import Registry
-from orchestrator.stages import STAGES
+from orchestrator.stages import STAGES, steps_served
 from orchestrator.store import RunStore
+from orchestrator.words import few_steps
 from orchestrator.workload import experts_of, passes, workload
 from workers import conditioning, data, diffusion, families, first_stage, partition, random_init, similarity
-from workers.contracts import InputError, digest_of
+from workers.contracts import InputError, Partition, digest_of
 from workers.cost import CostTable, activation_bytes, cost_table, require_reachable
 
 TFLOPS = {"cpu": 0.07, "cuda": 60.0}
@@ -248,11 +249,12 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "analyze": "1 task per worker" if passes(works["analyze"]) else "1 task",
         "partition": "no worker",
         "specialize": f"{experts} trainers",
-        "route": f"{len(works['route'][1].units)} trials",
+        "route": f"{sum(len(work.units) for work in works['route'] if work.task.startswith('search'))} searches",
         "finetune": f"{copies * experts * len(job.budgets)} trainers",
         "publish": f"{1 + len(evaluation.dense_samplers(job)) + (copies + 1) * len(job.budgets)} models",
     }
-    at_most = "up to " if job.partition.experts == "auto" else ""
+    unsure = {"specialize", "finetune"} if job.partition.experts == "auto" else set()
+    unsure |= {"finetune"} if copies * len(job.budgets) > 1 else set()  # equal ones are trained once
     need = job.resources
     stages = []
     for name, state in states.items():
@@ -262,7 +264,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
             {
                 "stage": name,
                 "state": state,
-                "work": (at_most if name in ("specialize", "finetune") else "") + units[name],
+                "work": "up to " * (name in unsure) + units[name],
                 "cpus_per_worker": 0 if name == "partition" else need.cpus_per_worker,
                 "gpus_per_worker": 0 if name == "partition" or need.device == "cpu" else need.gpus_per_worker,
                 "gpu_hours": round(tflop / TFLOPS["cuda"] / 3600, 4),
@@ -288,4 +290,22 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "free_bytes": prepared.free_bytes,
         "trainer_bytes": _trainer_bytes(job, table),
         "stages": stages,
+        "warnings": _few_steps(prepared),
     }
+
+
+def _few_steps(prepared: Prepared) -> list[str]:
+    """Which experts serve too few of the sampler's steps, where it is known beforehand how the timesteps are cut."""
+    job, asked = prepared.job, prepared.job.partition
+    record = prepared.store.done("partition", prepared.pipeline.fingerprints["partition"])
+    schedule = diffusion.NoiseSchedule(families.load_scheduler_config(job.model.path))
+    log_snr = schedule.log_snr(range(schedule.num_timesteps))
+    if record is not None:
+        cuts = Partition.from_json(record["result"]["partition"])
+    elif isinstance(asked.experts, list):
+        cuts = partition.explicit(asked.experts, len(log_snr))
+    elif isinstance(asked.experts, int) and asked.method != "learned":
+        cuts = partition.baselines(log_snr, asked.experts, asked.min_timesteps)[asked.method]
+    else:
+        return []
+    return few_steps(cuts, steps_served(job.model.path, cuts, [(job.sampler.scheduler, job.sampler.steps)]))

@@ -24,7 +24,7 @@ from orchestrator import __version__, figures, figures_quality
 from orchestrator.evidence import Evidence, curves, gather, trainers, trials_of
 from orchestrator.remarks import RELIABLE, remarks, uncertain_cuts, verdict
 from orchestrator.store import read_json
-from orchestrator.words import FEW_STEPS, dropped, gmacs, kernels, measured_under, of_dense, percent, predicted_ms, sig, span, timing
+from orchestrator.words import FEW_STEPS, dropped, gmacs, kernels, measured_under, of_dense, percent, predicted_ms, sig, span, spent, timing
 from workers.contracts import Cost, InputError, MixturePlan
 from workers.sensitivity import explain
 
@@ -256,6 +256,7 @@ def build(prepared: Prepared) -> Path:
         trials=[(plan, trials_of(e, plan)) for plan in e.chosen],
         experts=[(plan, expert_rows(plan, e.results["route"]["influence"])) for plan in e.chosen],
         few_steps=FEW_STEPS,
+        search=spent(e.results["route"]["seconds"], e.training_s),
         kernels=kernels,
         overlaps=[figures.overlap(stage, group) for stage, group in trainers(e).items()],
         missing=curves(e)[1],

@@ -294,7 +294,7 @@ STAGES = (
         ),
         version=2,
     ),
-    Stage("partition", cut, ("analyze",), ("partition", "similarity.bootstrap")),
+    Stage("partition", cut, ("analyze",), ("partition", "similarity.bootstrap"), version=2),
     Stage(
         "specialize",
         specialize,

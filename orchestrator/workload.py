@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator import evaluation
 from orchestrator.config import JobConfig, Training
-from workers import influence, similarity
+from workers import influence, routers, similarity
 from workers.cost import CostTable
+from workers.routers.era import PER_EXTRA_BUDGET
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[W
     needs_model = similarity.measure(job.similarity.measure).NEEDS_MODEL
     choices = sum(min(4, len(site.choices) - 1) for site in table.space.sites)
     agents = dict.fromkeys(["uniform", *route.agents, *tune.compare])
-    era = float(experts * route.era_steps * route.era_batch)
-    trials = [era if agent == "era" else 0.0 for _ in ratios for agent in agents for _ in route.seeds]
+    together, alone = _searches(job, float(experts * route.era_steps * route.era_batch), list(agents))
     influenced = route.influence_samples * (1 if job.sampler.guidance_scale == 1 else 2) if experts > 1 else 0
     dense_samples = float(influenced * min(job.sampler.steps, influence.STEPS))
     drawn = job.evaluate.samples + job.evaluate.frechet_samples
@@ -52,11 +53,26 @@ def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[W
             Work("expert_sensitivity", (choices * route.images / 2,) * experts),
             Work("draw_dense", (dense_samples,)),
             Work("expert_influence", tuple(dense_samples * (k + 1) / experts for k in range(experts))),
-            Work("search_plan", tuple(trials)),
+            *([Work("search_front", tuple(together))] if together else []),
+            Work("search_plan", tuple(alone)),
         ),
         "finetune": (Work("train_expert", tuple(_trained(tune, ratio) for ratio in ratios for _ in range(copies * experts))),),
         "publish": (Work("evaluate_shard", tuple(rows)),),
     }
+
+
+def _searches(job: JobConfig, era: float, agents: Sequence[str]) -> tuple[list[float], list[float]]:
+    """The searches for several budgets, and those for one. ``era``: of that agent's for one, next to which all others are nothing."""
+    together: list[float] = []
+    alone: list[float] = []
+    for agent in agents:
+        for count in Counter(budget.metric for budget in job.budgets).values():
+            cost = era if agent == "era" else 0.0
+            if count > 1 and routers.serves_fronts(agent):
+                together += [cost * (1 + PER_EXTRA_BUDGET * (count - 1))] * len(job.router.seeds)
+            else:
+                alone += [cost] * count * len(job.router.seeds)
+    return together, alone
 
 
 def passes(works: Sequence[Work]) -> float:

@@ -220,7 +220,8 @@ class MixturePlan(Record):
 
 @dataclass(frozen=True)
 class ExpertCheckpoint(Record):
-    """A pointer to one expert's weights, never the weights. ``started`` and ``ended`` are seconds since the epoch of the last attempt."""
+    """A pointer to one expert's weights, never the weights. ``started`` and ``ended`` are seconds since the epoch of the last attempt;
+    ``seconds`` is the time that one of its workers trained, over all attempts as far as they were saved."""
 
     interval: Interval
     path: str
@@ -228,6 +229,7 @@ class ExpertCheckpoint(Record):
     loss: float
     started: float = 0.0
     ended: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -122,14 +122,26 @@ def uniform_in_t(num_timesteps: int, experts: int) -> Partition:
     return Partition.from_boundaries([round(k * num_timesteps / experts) for k in range(1, experts)], num_timesteps)
 
 
-def uniform_in_log_snr(log_snr: np.ndarray, experts: int) -> Partition:
-    """Baseline: intervals that span equal ranges of log-SNR, of one timestep at least. ``log_snr``: [T], falling."""
+def uniform_in_log_snr(log_snr: np.ndarray, experts: int, min_timesteps: int = 1) -> Partition:
+    """Baseline: intervals that span equal ranges of log-SNR, as far as each can have ``min_timesteps``. ``log_snr``: [T], falling.
+
+    Where so many do not fit, the intervals are of T // ``experts`` timesteps at least.
+    """
+    least = max(1, min(min_timesteps, len(log_snr) // experts))
     levels = np.linspace(log_snr[0], log_snr[-1], experts + 1)[1:-1]
     cuts = [0]
     for k, cut in enumerate(np.searchsorted(-log_snr, -levels), 1):
-        last = len(log_snr) - experts + k  # leaves a timestep for each of the noisier experts
-        cuts.append(min(last, max(cuts[-1] + 1, int(cut))))
+        last = len(log_snr) - (experts - k) * least  # leaves room for the noisier experts
+        cuts.append(min(last, max(cuts[-1] + least, int(cut))))
     return Partition.from_boundaries(cuts[1:], len(log_snr))
+
+
+def baselines(log_snr: np.ndarray, experts: int, min_timesteps: int) -> dict[str, Partition]:
+    """The partitions that need no look at the model, by the name of their method. ``log_snr``: [T], falling."""
+    return {
+        "uniform in t": uniform_in_t(len(log_snr), experts),
+        "uniform in log-SNR": uniform_in_log_snr(log_snr, experts, min_timesteps),
+    }
 
 
 def partition_cost(partition: Partition, similarity: SimilarityMatrix) -> float:

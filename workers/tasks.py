@@ -143,10 +143,7 @@ def cut_timesteps(
     chosen = partition.cut(matrix, experts, min_length=min_length, penalty=penalty, max_experts=max_experts)
     replicates = similarity.bootstrap(np.load(gram), bootstrap, seed, matrix.measure)
     log_snr = NoiseSchedule(scheduler_config).log_snr(range(matrix.num_timesteps))
-    baselines = {
-        "uniform in t": partition.uniform_in_t(matrix.num_timesteps, len(chosen)),
-        "uniform in log-SNR": partition.uniform_in_log_snr(log_snr, len(chosen)),
-    }
+    baselines = partition.baselines(log_snr, len(chosen), min_timesteps)
     chosen = baselines.get(method, chosen)
     costs = partition.interval_costs(np.asarray(matrix.values))
     return {

@@ -81,7 +81,8 @@ def fit(
 ) -> ExpertCheckpoint:
     """Train ``elastic`` for ``task.train.steps`` steps, from the session's last checkpoint if it has one.
 
-    ``about`` goes into every checkpoint's description, and so do the ``attempts``: from which step each began, and when.
+    ``about`` goes into every checkpoint's description, and so do the ``attempts``: from which step each began, and when; and in ``seconds``
+    how long all of them took.
     Raises: RunFailed if the loss is not finite.
     """
     started, settings = time.time(), task.train
@@ -98,12 +99,13 @@ def fit(
         weights = torch.tensor(found, device=device)
     trainer = Trainer.of(accelerator, elastic, teacher, features, schedule, settings, weights)
 
-    step, history, attempts = 0, [], []
+    step, history, attempts, spent = 0, [], [], 0.0
     with session.resume() as folder:
         if folder is not None:
             state, saved = checkpoint.read(folder)
             trainer.load(state)
             step, history, attempts = saved["step"], saved["history"], saved.get("attempts", [])
+            spent = saved.get("seconds", 0.0)
     attempts = [*attempts, [step, round(started, 2)]]
     if device.type == "cuda" and settings.cuda_graphs and step < settings.steps:
         batch = _batch(task, images, conditioner, schedule, step, device, session)
@@ -111,6 +113,7 @@ def fit(
 
     def save(at: int) -> None:
         record = {**about, "stage": task.stage, "interval": task.interval.to_json(), "step": at, "history": history, "attempts": attempts}
+        record["seconds"] = round(spent + time.time() - started, 2)
         session.save(at, lambda folder: checkpoint.write(folder, trainer.tensors(), record))
 
     def report(at: int, note: str = "") -> None:
@@ -140,7 +143,7 @@ def fit(
             report(step)
             told = time.time()
     loss = history[-1][1] if history else 0.0
-    return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, time.time())
+    return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, time.time(), spent + time.time() - started)
 
 
 def _timestep_weights(

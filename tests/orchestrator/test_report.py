@@ -113,7 +113,7 @@ def finished_run(
         path = folder / "run" / "train" / name / "step_0000004"
         path.mkdir(parents=True, exist_ok=True)
         (path / "checkpoint.json").write_text(json.dumps({"history": [[1, 0.5], [2, 0.4], [3, 0.3], [4, 0.25]]}))
-        return ExpertCheckpoint(interval, f"train/{name}/step_0000004", 4, 0.25, started, started + 60)
+        return ExpertCheckpoint(interval, f"train/{name}/step_0000004", 4, 0.25, started, started + 60, 50.0)
 
     rng = np.random.default_rng(0)
     arrays = {"dense": rng.uniform(-1, 1, (samples, 3, size, size)).astype(np.float32)}
@@ -146,6 +146,7 @@ def finished_run(
             "chosen": {name: p.to_json() for name, p in chosen.items()},
             "trials": [p.to_json() for p in trials],
             "influence": [0.8, 1.2],
+            "seconds": {"sensitivities": 1.0, "influence": 2.0, "trials": 12.0},
         },
         "finetune": {"experts": tuned},
         "publish": {"metrics": measured, "rows": {label: f"evaluation/{label}.json" for label in measured}, "published": published},
@@ -204,6 +205,9 @@ def test_page_holds_the_numbers_of_the_run(built: tuple[Prepared, str]) -> None:
     assert "2 of 2 specialize trainers ran at the same time for 40 s." in text
     assert "MixtureDenoiser.from_pretrained(" in text
     assert "diffpruning registry verify tiny:1" in text
+    assert "all that was measured for it: 15 s of workers' time, 3.0% of training's (500 s, elastic experts and fine-tuning)" in " ".join(
+        text.split()
+    )
 
 
 def test_same_run_gives_the_same_bytes(built: tuple[Prepared, str]) -> None:

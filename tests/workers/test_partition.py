@@ -204,6 +204,21 @@ def test_uniform_in_log_snr_gives_every_expert_a_timestep_on_steep_schedules(sha
         assert found.num_timesteps == num_timesteps
 
 
+def test_uniform_in_log_snr_keeps_the_shortest_interval_and_moves_only_the_cuts_that_break_it():
+    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, T))
+    log_snr = np.log(kept / (1 - kept))  # steep at the clean end
+    free = partition.uniform_in_log_snr(log_snr, 4)
+    assert [interval.length >= 40 for interval in free.intervals] == [False, True, True, True]
+    found = partition.uniform_in_log_snr(log_snr, 4, 40)
+    assert found.boundaries == (40, *free.boundaries[1:])
+
+
+def test_uniform_in_log_snr_is_uniform_in_t_where_the_shortest_interval_leaves_no_choice():
+    log_snr = np.linspace(8, -8, 100) ** 3
+    assert partition.uniform_in_log_snr(log_snr, 4, 25).boundaries == (25, 50, 75)
+    assert partition.uniform_in_log_snr(log_snr, 4, 90).boundaries == (25, 50, 75), "as far as there is room"
+
+
 def test_the_best_partition_is_no_dearer_than_the_baselines():
     similarity = matrix(random_similarity(10, seed=5))
     for experts in (2, 3, 5):

@@ -113,6 +113,18 @@ def test_six_steps_equal_three_and_resume_and_three(task, tmp_path):
     assert whole.loss == halves.loss
 
 
+def test_the_seconds_of_an_expert_are_those_of_all_attempts_that_were_saved(task, tmp_path):
+    with pytest.raises(Killed):
+        tasks.train_expert(DiesAfter(folder=str(tmp_path)), task)
+    [saved] = tmp_path.glob("step_*")
+    about = json.loads((saved / "checkpoint.json").read_text())
+    assert about["seconds"] > 0
+    (saved / "checkpoint.json").write_text(json.dumps({**about, "seconds": 1000.0}))
+    expert = tasks.train_expert(Session(folder=str(tmp_path)), task)
+    assert expert.seconds == pytest.approx(1000 + expert.ended - expert.started, abs=0.1)
+    assert 1000 < json.loads((Path(expert.path) / "checkpoint.json").read_text())["seconds"] <= expert.seconds + 0.01
+
+
 def test_a_checkpoint_that_was_cut_is_passed_over_and_told_and_the_result_is_the_same(task, tmp_path):
     short = dataclasses.replace(task, train=dataclasses.replace(SETTINGS, steps=2, checkpoint_every=1))
     whole = tasks.train_expert(Session(folder=str(tmp_path)), short)
