@@ -100,7 +100,9 @@ class PartitionConfig(Section):
         "auto", description="auto, a number of experts, or the inner boundaries as a list of timesteps."
     )
     method: Literal["learned", "uniform in t", "uniform in log-SNR"] = Field(
-        "learned", description="Cut where similarity says, or as a baseline does: into equal parts of the timesteps, or of the log-SNR."
+        "learned",
+        description="Cut where similarity says, or as a baseline does: into equal parts of the timesteps, or of the log-SNR as far as "
+        "min_timesteps allows.",
     )
     penalty: float = Field(0.05, ge=0, description="auto: what one more expert must save, as a part of the cost of a single interval.")
     max_experts: int = Field(6, ge=2, description="auto: the most experts to choose.")

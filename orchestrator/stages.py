@@ -341,7 +341,7 @@ STAGES = (
         version=2,
         holds=lambda result: all(is_published(version["path"]) for version in result["published"].values()),
         fills=evaluation.FOLDER,
-        leaves=lambda result: [*result["rows"].values()],
+        leaves=lambda result: [*result.get("rows", {}).values()],
     ),
 )
 

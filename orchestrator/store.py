@@ -5,6 +5,7 @@
                      cache/                       decoded images, shared by all stages
                      <stage>-<fingerprint>/       one stage under one set of settings; done.json is written last
                      train/<stage>-<unit>-<key>/  checkpoints of the trainers, shared by all settings that ask for the same
+                     search/                      trials of plan searches, shared alike
                      evaluation/                  what was measured, a file per row of the table
                      tensorboard/                 curves of every expert, a folder each
                      progress.json                what is at work now, or how it ended
@@ -163,9 +164,9 @@ class RunStore:
         def points_to_it(result: dict[str, Any]) -> bool:
             return any(name in left or name.partition("/")[0] == fills for name in leaves(result))
 
-        records = {path.parent.name: read_json(path) or {} for path in self.folder.glob(f"{stage}-????????/done.json")}
+        records = {path.parent.name: read_json(path) for path in self.folder.glob(f"{stage}-????????/done.json")}
         names = {self.stage_folder(stage, fingerprint).name, *left}
-        names |= {name for name, other in records.items() if leans and points_to_it(other.get("result", {}))}
+        names |= {name for name, other in records.items() if leans and other and points_to_it(other["result"])}
         for path in (self.folder / name for name in sorted(names)):
             if path.exists():
                 number = next(n for n in range(1, 10000) if not path.with_name(f"{path.name}.aside{n}").exists())

@@ -192,3 +192,19 @@ def test_an_interrupt_ends_with_130_and_a_line_and_no_process(folder, heard, num
     assert "Traceback" not in err
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, f"still running: {alive}"
+
+
+def test_another_budget_searches_and_trains_what_is_new_and_nothing_else(finished, folder):
+    """The last test of this file: from here on the run folder holds stages under two settings."""
+    run, _ = finished
+    kept = {path: at for path, at in snapshot(run).items() if path.parts[len(run.parts)] in ("train", "search")}
+    done = diffpruning(folder, "calm", "--until", "finetune", "--set", "budgets=[{ratio: 0.6}, {ratio: 0.7}, {ratio: 0.8}]")
+    assert done.returncode == 0, done.stderr
+    assert "3 of the 9 plans were there from earlier searches" in done.stderr
+    after = snapshot(run)
+    assert kept.items() <= after.items()
+    new = {path.parts[len(run.parts) + 1] for path in after.keys() - kept.keys() if path.parts[len(run.parts)] == "train"}
+    trained = {line.split()[1] for line in done.stderr.splitlines() if line.startswith("  finetune macs")}
+    assert trained == {"macs-0.70", "macs-0.80"}
+    assert len(new) == 6
+    assert len(list(run.glob("search/front *.json"))) == 1
