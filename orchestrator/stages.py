@@ -123,6 +123,7 @@ def specialize(ctx: Context) -> dict[str, Any]:
             train=settings.settings(),
             random_networks=settings.random_networks,
             network_pool=settings.network_pool,
+            network_costs=settings.costs,
             importance_images=settings.importance_images,
             seed=job.seed,
             flip=job.data.flip,
@@ -301,7 +302,7 @@ STAGES = (
         ("partition",),
         ("elastic", "specialize", "data.flip", "data.class_dropout"),
         ("specialize.checkpoint_every",),
-        version=2,
+        version=3,
     ),
     Stage(
         "route",
