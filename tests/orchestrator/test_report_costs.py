@@ -84,7 +84,9 @@ def test_the_table_that_was_used_is_found_among_others_and_described(tmp_path: P
     (cache / "latency-1.json").write_text("{ damaged")
     table(20.0).save(cache / "latency-2.json")
     text = text_of(report.build(prepared))
-    assert "latency-2.json: Fast GPU, float16, batch 8, compiled blocks; prediction error 1.2% (median), 3.4% (95th percentile)" in text
+    assert (
+        "latency-2.json: Fast GPU, float16, batch 8, with compiled blocks; prediction error 1.2% (median), 3.4% (95th percentile)" in text
+    )
     assert "for a batch of 8 in float16 on Fast GPU" in text
     (cache / "latency-2.json").unlink()
     assert "latency table:" not in (gone := text_of(report.build(prepared)))
