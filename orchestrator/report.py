@@ -247,7 +247,9 @@ def build(prepared: Prepared) -> Path:
         remarks=remarks(e),
         warnings=[remark.text for remark in uncertain_cuts(e) if remark.level == "warning"],
         tables=[(columns, key_rows(e, columns)) for columns in (quality_columns(e), *fitted(cost_columns(e)))],
-        measured_under=measured_under(e.dense.metrics["protocol"]) if e.dense.metrics.get("protocol") else "",
+        measured_under=measured_under(e.dense.metrics["protocol"], [m.metrics for m in e.measured])
+        if e.dense.metrics.get("protocol")
+        else "",
         faster=any(m.sampler for m in e.measured),
         timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs, latency.fused_kernels),
         device=e.dense.metrics.get("device") or "this run's device",
