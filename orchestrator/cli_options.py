@@ -35,6 +35,9 @@ def check_stages(only: str | None, until: str | None) -> None:
         raise InputError(f"--only {only} and --until {until} exclude each other: give one")
 
 
+columns_option = click.option(
+    "--all-columns", "more", is_flag=True, help="Also time per image, peak memory, LPIPS and trainer seconds, where they were measured."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

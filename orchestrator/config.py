@@ -18,6 +18,7 @@ PATH_KEYS = (
     ("data", "path"),
     ("evaluate", "extractor_weights"),
     ("evaluate", "reference"),
+    ("evaluate", "kid_reference"),
     ("evaluate", "lpips"),
 )
 
@@ -235,7 +236,7 @@ class Evaluate(Section):
     timesteps: Count = Field(10, description="Timesteps of the denoising loss, evenly spaced.")
     cut_only: bool = Field(True, description="A row per budget for the pretrained model cut uniformly, untrained.")
     batch_size: Count = Field(16, description="Images per forward pass; changes numbers by rounding only.")
-    shards: Count = Field(1, description="Workers that share the evaluation of one model; changes numbers by rounding only.")
+    shards: Count = Field(1, description="Workers that share the evaluation of one model, batch by batch; changes no number.")
     dense: list[str] = Field(
         [], description="More rows of the dense model: SCHEDULER:STEPS, e.g. ddim:25 or dpmpp:10; what fewer steps give for the same cost."
     )
@@ -249,6 +250,12 @@ class Evaluate(Section):
         min_length=1,
         description="Distances are measured from these: images as data.path names them, or statistics, FILE.npz or FILE.npz:PREFIX. "
         "Default: all images of data.path.",
+    )
+    kid_reference: str | None = Field(
+        None,
+        min_length=1,
+        description="The kernel distance is measured from these: images, or statistics that hold features as well. Default: those of "
+        "reference; where it is statistics without features, no kernel distance is measured.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations while sampling.")
     compile: bool = Field(False, description="Sampling runs with compiled blocks.")

@@ -11,17 +11,16 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator import __version__, encode, evaluation
+from orchestrator import encode, evaluation, publishing
 from orchestrator.calibration import calibrate, read_influence
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
-from orchestrator.registry import Registry, is_published
+from orchestrator.registry import is_published
 from orchestrator.scheduling import longest_first
 from orchestrator.store import RunStore, write_json
 from orchestrator.words import few_steps, predicts
@@ -32,12 +31,9 @@ from workers.contracts import (
     ExpertTask,
     ImageTask,
     LatencyTask,
-    MixtureManifest,
     MixturePlan,
     Partition,
-    Provenance,
     RouteTask,
-    SamplerRef,
     SimilarityMatrix,
     SimilarityTask,
     derive_seed,
@@ -220,45 +216,21 @@ def finetune(ctx: Context) -> dict[str, Any]:
 
 def publish(ctx: Context) -> dict[str, Any]:
     """Measure dense, every mixture and its baselines on the same images and noise; publish, verify, report."""
-    job = ctx.job
-    denoisers = _denoisers(ctx)
-    measured = evaluate(ctx, rows(ctx))
-    metrics = evaluation.read_table(measured)
+    chosen = rows(ctx)
+    measured = evaluate(ctx, chosen)
+    metrics = evaluation.read_table(measured, chosen)
     write_json(ctx.folder / "metrics.json", metrics)
-    registry, published = Registry(job.registry.path), {}
-    for i, config in enumerate(job.budgets):
-        budget = job.budget(i)
-        ref = denoisers[budget.name]
-        assert ref.plan is not None
-        folder = ctx.folder / f"mixture-{budget.name}"
-        sampler = SamplerRef(job.sampler.scheduler, job.sampler.steps, 0.0)
-        item = (ref, job.model.path, sampler, tuple(job.export.rewrites), str(folder))
+    published = {}
+    for budget in ctx.results["route"]["chosen"]:
+        item = publishing.item_of(ctx, chosen[budget].ref)
         ctx.cluster.scatter(tasks_evaluate.assemble_mixture, [item])
-        manifest = MixtureManifest(
-            name=job.name,
-            family=families.family_name(job.model.path),
-            plan=ref.plan,
-            metrics={label: row for label, row in metrics.items() if label.startswith(("dense", budget.name))},
-            config=job.model_dump(mode="json", exclude={"storage", "registry", "resources"}),
-            provenance=Provenance(
-                job=job.name,
-                fingerprint=ctx.fingerprint,
-                model=job.model.path,
-                model_digest=ctx.identity["model"],
-                data=job.data.path,
-                data_digest=ctx.identity["data.path"],
-                seed=job.seed,
-                versions={"diffpruning": __version__, **{name: version(name) for name in ("torch", "diffusers", "accelerate")}},
-            ),
-            files={},
-        )
-        published[budget.name] = version_ = registry.publish(job.name, manifest, folder)
-        files = registry.verify(version_)
-        ctx.say(f"  published {version_.reference}: {config.metric} {config.ratio:g}, {files} files verified, {version_.where}")
+        version = publishing.publish(ctx, chosen[budget].ref, metrics)
+        published[budget] = {"reference": version.reference, "path": version.where}
     return {
         "metrics": metrics,
+        "mixtures": ctx.fingerprints["finetune"],
         "rows": {label: file.relative_to(ctx.store.folder).as_posix() for label, file in measured.items()},
-        "published": {name: {"reference": v.reference, "path": v.where} for name, v in published.items()},
+        "published": published,
     }
 
 
@@ -320,6 +292,8 @@ STAGES = (
             "evaluate",
             "evaluate.extractor_weights",
             "evaluate.reference",
+            "evaluate.kid_reference",
+            "evaluate.lpips",
             "export",
             "latency",
             "sampler.guidance_scale",
@@ -327,7 +301,9 @@ STAGES = (
             "name",
             "registry",
         ),
-        ignores=tuple(f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference")),  # files by what they hold
+        ignores=tuple(  # how work is shared out; and files, which are known by what they hold
+            f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference", "kid_reference", "lpips")
+        ),
         version=2,
         holds=lambda result: all(is_published(version["path"]) for version in result["published"].values()),
         fills=evaluation.FOLDER,

@@ -143,7 +143,7 @@ def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
         distance = f"{sig(m['frechet']):>9}" if m.get("frechet") is not None else ""
         lines.append(f"{label:<22}{m['denoising_loss']:>15.5f}{m['paired_mse']:>12.5f}{psnr:>9}{m['ms_per_step']:>9.1f}{memory}{distance}")
     if protocol := common_protocol(manifest.metrics):
-        lines += ["", measured_under(protocol)]
+        lines += ["", measured_under(protocol, manifest.metrics.values())]
     return "\n".join(lines)
 
 
