@@ -441,7 +441,7 @@ def test_the_schema_and_the_configuration_have_the_same_keys():
     assert {key for key, _ in leaves(schema, schema)} - {"extends"} == dotted(load_job("quickstart").model_dump())
 
 
-@pytest.mark.parametrize("path", sorted(BUNDLED.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted([*BUNDLED.glob("*.yaml"), *BUNDLED.glob("cifar10/*.yaml")]), ids=lambda path: path.name)
 def test_every_bundled_job_fits_the_schema(path):
     jsonschema.validate(yaml.safe_load(path.read_text()), job_schema())
 
