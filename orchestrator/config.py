@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from orchestrator.explain import explain
+from orchestrator.place import Place
 from workers.contracts import REWRITES, Budget, ElasticSettings, InputError, RouteSettings, Timing, TrainSettings
 
 BUNDLED = Path(__file__).resolve().parent.parent / "jobs"
@@ -53,7 +54,14 @@ class Section(BaseModel):
 
 
 class Storage(Section):
-    path: str = Field("runs", min_length=1, description="Folder of run folders; a run lives in PATH/NAME. Relative to the current folder.")
+    path: str = Field(
+        "runs",
+        min_length=1,
+        description="Folder of run folders, relative to the current folder, or s3://bucket/prefix; a run lives in PATH/NAME.",
+    )
+    scratch: str | None = Field(
+        None, min_length=1, description="For s3:// alone: folder on the disk of every node, for what it works on. Default: below ~/.cache."
+    )
 
 
 class RegistryConfig(Section):
@@ -314,8 +322,14 @@ class JobConfig(Section):
         return Timing(latency.batch, latency.dtype, latency.compile, tuple(self.export.rewrites), latency.cuda_graphs)
 
     @property
+    def place(self) -> Place:
+        """Where the run lives. Raises: InputError."""
+        return Place.of(self.storage.path, self.name, self.storage.scratch)
+
+    @property
     def run_folder(self) -> Path:
-        return Path(self.storage.path).expanduser().resolve() / self.name
+        """On this machine: where the run lives, or its mirror."""
+        return self.place.folder
 
 
 def find_job(job: str) -> Path:
@@ -347,6 +361,7 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> JobConfig:
     except ValidationError as error:
         raise InputError(f"{find_job(job).name}: {explain(error, JobConfig)}") from None
     _check_names(config)
+    _ = config.place  # refuses what is no storage
     return config
 
 
