@@ -40,6 +40,8 @@ def pack(job: str, overrides: Sequence[str], folder: Path) -> Parcel:
     config, written = load_job(job, overrides), read_job(job, overrides)
     values = config.model_dump(mode="json")
     wrong = [_not_shared(f"{section}.path", values[section]["path"]) for section in ("storage", "registry")]
+    if (scratch := values["storage"]["scratch"]) is not None:
+        wrong.append(_not_shared("storage.scratch", scratch))
     bundled = []
     for section, key in PATH_KEYS:
         path = values[section][key]

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -155,15 +154,20 @@ class Mirror(Record):
             return
         listing = self.pull(works, name, exactly=True)
         for path in folder.glob(pattern):
-            if not any(below.startswith(f"{name}/{path.name}/") for below in listing):
-                shutil.rmtree(path)
+            for file in path.iterdir():
+                if f"{name}/{path.name}/{file.name}" not in listing:  # it was not finished
+                    file.unlink()
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
 
     def _is_here(self, name: str, found: Found, exactly: bool) -> bool:
         try:
             here = self.path_of(name).stat()
         except FileNotFoundError:
             return False
-        same = here.st_size == found.size and int(here.st_mtime) == int(found.written)
+        # some stores tell whole seconds in one answer and more in another; what was just written here has a fraction of its own
+        times = (int(found.written), found.written)
+        same = here.st_size == found.size and any(abs(here.st_mtime - time) < 1e-6 for time in times)
         return same or (not exactly and here.st_mtime > found.written + 1)
 
     def _fetch(self, name: str, found: Found) -> None:
