@@ -40,8 +40,9 @@ def pack(job: str, overrides: Sequence[str], folder: Path) -> Parcel:
     config, written = load_job(job, overrides), read_job(job, overrides)
     values = config.model_dump(mode="json")
     wrong = [_not_shared(f"{section}.path", values[section]["path"]) for section in ("storage", "registry")]
-    if (scratch := values["storage"]["scratch"]) is not None:
-        wrong.append(_not_shared("storage.scratch", scratch))
+    scratch = values["storage"]["scratch"] or "/"
+    if not scratch.startswith("/"):
+        wrong.append(f"storage.scratch is {scratch}: on a cluster give an absolute path on the disk of every node")
     bundled = []
     for section, key in PATH_KEYS:
         path = values[section][key]

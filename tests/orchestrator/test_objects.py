@@ -1,6 +1,5 @@
 """Runs on an object store, against a real S3 server: the bits of a run in a folder, wherever it goes on; one driver; clean refusals."""
 
-import io
 import itertools
 import json
 import os
@@ -10,20 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
-from PIL import Image
+from click.testing import Result
 
 from orchestrator import cli_driver, lease
-from orchestrator.cli import main
 from orchestrator.cluster import InlineCluster
 from orchestrator.lease import Lease
-from orchestrator.place import Place
 from orchestrator.store import RunStore
+from tests.buckets import Bucket, diffpruning, new_bucket, published, write_job
 from tests.s3 import ENVIRONMENT
 from workers import files, tasks_route
 from workers.contracts import InputError, RunFailed
@@ -32,23 +27,6 @@ from workers.objects import ObjectStore
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["analyze", "partition", "specialize", "route", "finetune", "publish"]
-JOB = """
-name: small
-model: {{path: {model}}}
-data: {{path: {folder}/images, holdout: 8}}
-similarity: {{timesteps: 6, images: 4, batch_size: 2, bootstrap: 5}}
-partition: {{experts: 2}}
-elastic: {{width_multiple: 32}}
-specialize: {{steps: 4, batch_size: 2, random_networks: 0, importance_images: 2, checkpoint_every: 1}}
-router: {{images: 4, era_steps: 2, era_batch: 2, trials: 4, influence_samples: 4}}
-budgets: [{{ratio: 0.5}}]
-sampler: {{steps: 4}}
-finetune: {{steps: 2, batch_size: 2, compare: []}}
-evaluate: {{images: 2, samples: 2, timesteps: 2, batch_size: 2}}
-latency: {{batch: 2}}
-export: {{rewrites: []}}
-resources: {{device: cpu, local_cpus: 2}}
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,63 +44,12 @@ def credentials(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, emoji, emoji_images) -> Path:
     """A job and its images."""
-    folder = tmp_path_factory.mktemp("objects")
-    (folder / "images").mkdir()
-    rows = next(pq.ParquetFile(emoji_images).iter_batches(48, columns=["image"])).to_pylist()
-    for i, row in enumerate(rows):
-        Image.open(io.BytesIO(row["image"]["bytes"])).save(folder / "images" / f"{i:02d}.png")
-    (folder / "job.yaml").write_text(JOB.format(folder=folder, model=emoji))
-    return folder
-
-
-@dataclass
-class Bucket:
-    """A storage.path of its own, the registry beside it, and machines that have nothing but their scratch folder in common with others."""
-
-    server: object
-    uri: str
-    folder: Path
-    home: Path
-
-    @property
-    def run(self) -> str:
-        return self.uri.replace("?", "/small?")
-
-    def options(self, machine: str = "one") -> list[str]:
-        values = {"storage.path": self.uri, "storage.scratch": self.home / machine, "registry.path": self.home / "registry"}
-        return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-
-    def command(self, name: str, *more: str, machine: str = "one") -> Result:
-        return diffpruning(*name.split(), self.folder / "job.yaml", *self.options(machine), *more)
-
-    def held(self) -> dict[str, int]:
-        return self.server.keys(self.run)
-
-    def scratch(self, machine: str = "one") -> Path:
-        return Place.of(self.uri, "small", str(self.home / machine)).folder
-
-    def read(self, key: str) -> dict:
-        return json.loads(b"".join(ObjectStore.of(self.run, "run").chunks(key)))
-
-
-def diffpruning(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def new_bucket(server, folder: Path, home: Path) -> Bucket:
-    return Bucket(server, server.new_registry().replace("/mixtures", "/runs"), folder, home)
+    return write_job(tmp_path_factory.mktemp("objects"), emoji, emoji_images)
 
 
 @pytest.fixture
 def bucket(s3_server, folder, tmp_path) -> Bucket:
     return new_bucket(s3_server, folder, tmp_path)
-
-
-def published(registry: Path) -> dict[str, bytes]:
-    """All files of the version but those that tell when and where it was made."""
-    version = registry / "small" / "1"
-    found = {path.relative_to(version).as_posix(): path.read_bytes() for path in version.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if name not in ("manifest.json", "SHA256SUMS")}
 
 
 def refusal(result: Result, code: int = 2) -> str:

@@ -84,7 +84,10 @@ def test_paths_of_the_cluster_are_left_as_they_are(parcel):
         ([], "; registry.path is registry: a job on a cluster needs storage"),
         (SHARED[:1], "registry.path is registry: a job on a cluster needs storage that every node sees"),
         (["storage.path=~/runs", SHARED[1]], "storage.path is ~/runs: "),
-        (["storage.path=s3://bucket/runs", SHARED[1]], "run folders lie on a file system that every node mounts"),
+        (
+            ["storage.path=s3://bucket/runs", "storage.scratch=here", SHARED[1]],
+            "storage.scratch is here: on a cluster give an absolute path",
+        ),
         ([*SHARED, "data.path=images"], "data.path is images: only code and bundled files travel with a job"),
         ([*SHARED, "data.path=pictures/train-*.parquet"], "data.path is pictures/train-*.parquet: only code"),
         ([*SHARED, "model.path=./model"], "model.path is model: only code and bundled files travel"),
