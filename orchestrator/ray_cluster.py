@@ -409,11 +409,15 @@ def _check_nodes(marker: Path, mirror: Mirror | None = None) -> None:
             continue
         except ray.exceptions.RayError:  # it has just gone
             continue
-        blind += [asked[ref]] * (not found.sees)
+        blind += [asked[ref] + (f" ({found.why[:300]})" if found.why else "")] * (not found.sees)
         told = [f"{name} {found.versions.get(name, 'none')} instead of {wanted}" for name, wanted in mine.versions.items()]
         odd = [text for text, name in zip(told, mine.versions, strict=True) if found.versions.get(name) != mine.versions[name]]
         odd += ["another version of diffpruning"] * (found.code != mine.code)
         other += [f"{asked[ref]} has {', '.join(odd)}"] * bool(odd)
+    if blind and mirror is not None:
+        raise InputError(
+            f"storage.path: {mirror.uri} cannot be used by {', '.join(blind)}: every node needs to reach it, boto3, and credentials"
+        )
     if blind:
         raise InputError(
             f"storage.path: {marker.parent} is not seen by {', '.join(blind)}: every node must mount the shared storage at this path"

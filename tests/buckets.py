@@ -51,10 +51,11 @@ class Bucket:
     uri: str
     folder: Path
     home: Path
+    name: str = "small"
 
     @property
     def run(self) -> str:
-        return self.uri.replace("?", "/small?")
+        return self.uri.replace("?", f"/{self.name}?")
 
     def options(self, machine: str = "one") -> list[str]:
         values = {"storage.path": self.uri, "storage.scratch": self.home / machine, "registry.path": self.home / "registry"}
@@ -67,7 +68,7 @@ class Bucket:
         return self.server.keys(self.run)
 
     def scratch(self, machine: str = "one") -> Path:
-        return Place.of(self.uri, "small", str(self.home / machine)).folder
+        return Place.of(self.uri, self.name, str(self.home / machine)).folder
 
     def read(self, key: str) -> dict:
         return json.loads(b"".join(ObjectStore.of(self.run, "run").chunks(key)))
@@ -81,8 +82,8 @@ def new_bucket(server, folder: Path, home: Path) -> Bucket:
     return Bucket(server, server.new_registry().replace("/mixtures", "/runs"), folder, home)
 
 
-def published(registry: Path) -> dict[str, bytes]:
+def published(registry: Path, name: str = "small") -> dict[str, bytes]:
     """All files of the version but those that tell when and where it was made."""
-    version = registry / "small" / "1"
+    version = registry / name / "1"
     found = {path.relative_to(version).as_posix(): path.read_bytes() for path in version.rglob("*") if path.is_file()}
     return {name: content for name, content in found.items() if name not in ("manifest.json", "SHA256SUMS")}

@@ -29,17 +29,23 @@ class Node(Record):
     """What a node says of itself when the driver asks."""
 
     sees: bool
-    """It sees the driver's marker file."""
+    """It sees the driver's marker file, or reads and writes the object store."""
     code: str
     """sha256 over the sources of this package."""
     versions: dict[str, str]
+    why: str = ""
+    """What the object store said to it, if it does not."""
 
 
 def this_node(marker: str, mirror: Mirror | None = None) -> Node:
-    """``mirror``: of a run on an object store, which is asked for instead of a marker. Raises: RunFailed if it cannot be read from here."""
+    """``mirror``: of a run on an object store, which is tried instead of the marker."""
+    why = ""
     if mirror is not None:
-        mirror.store.names("")
-    return Node(mirror is not None or _sees(marker), code_digest(), versions())
+        try:
+            mirror.store.require_conditions()
+        except RunFailed as error:
+            why = str(error)
+    return Node(_sees(marker) if mirror is None else not why, code_digest(), versions(), why)
 
 
 def code_digest() -> str:

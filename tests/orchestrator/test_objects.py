@@ -19,6 +19,7 @@ from orchestrator.cluster import InlineCluster
 from orchestrator.lease import Lease
 from orchestrator.store import RunStore
 from tests.buckets import Bucket, diffpruning, new_bucket, published, write_job
+from tests.orchestrator import test_run_latent
 from tests.s3 import ENVIRONMENT
 from workers import files, tasks_route
 from workers.contracts import InputError, RunFailed
@@ -226,7 +227,7 @@ class FreshNodes(InlineCluster):
         return super().search(self._elsewhere(task), axes, items, storage, stop_early)
 
 
-def test_workers_that_share_nothing_but_the_store_make_the_same_bits(bucket, local, monkeypatch):
+def on_fresh_nodes(monkeypatch) -> None:
     made = cli_driver._cluster
 
     def elsewhere(job, view, on_progress, inline, store):
@@ -235,9 +236,32 @@ def test_workers_that_share_nothing_but_the_store_make_the_same_bits(bucket, loc
         return cluster
 
     monkeypatch.setattr(cli_driver, "_cluster", elsewhere)
+
+
+def test_workers_that_share_nothing_but_the_store_make_the_same_bits(bucket, local, monkeypatch):
+    on_fresh_nodes(monkeypatch)
     done = bucket.command("run", "--inline")
     assert done.exit_code == 0, done.output
     assert published(bucket.home / "registry") == published(local)
+
+
+@pytest.mark.slow
+def test_latents_go_through_the_store_too(s3_server, tmp_path, monkeypatch):
+    ckpt, config = test_run_latent.checkpoint(tmp_path, "imagenet")
+    assert diffpruning("convert-ldm", ckpt, "--config", config, "--out", tmp_path / "model").exit_code == 0
+    test_run_latent.images(tmp_path / "images.parquet", labels=True)
+    (tmp_path / "job.yaml").write_text(test_run_latent.JOB.format(kind="imagenet", folder=tmp_path))
+    assert diffpruning("run", tmp_path / "job.yaml", "--inline").exit_code == 0
+    bucket = new_bucket(s3_server, tmp_path, tmp_path / "home")
+    bucket.name = "imagenet"
+    on_fresh_nodes(monkeypatch)
+    assert bucket.command("encode", "--inline").exit_code == 0
+    encoded = {name: size for name, size in bucket.held().items() if "/latents-" in name}
+    assert {name.rpartition("/")[2] for name in encoded} == {"index.json", "shard-00000.arrow"}
+    done = bucket.command("run", "--inline", machine="other")
+    assert done.exit_code == 0, done.output
+    assert "encoded" not in done.stderr
+    assert published(bucket.home / "registry", "imagenet") == published(tmp_path / "registry", "imagenet")
 
 
 def test_redo_sets_aside_in_the_store(done, local):

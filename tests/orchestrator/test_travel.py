@@ -73,6 +73,8 @@ def test_paths_of_the_cluster_are_left_as_they_are(parcel):
     assert arrived["evaluate"]["reference"] == "/mnt/shared/stats.npz:test"
     assert arrived["evaluate"]["lpips"] == "mine.module:distance"
     assert not (parcel / "jobs").exists()
+    stored = travel.pack("quickstart", ["storage.path=s3://bucket/runs?region=here", SHARED[1]], parcel)
+    assert stored.run_folder == "s3://bucket/runs/quickstart?region=here"
     travel.pack("quickstart", [*SHARED, "data.path=hf://datasets/me/mine"], parcel)
     assert yaml.safe_load((parcel / "job.yaml").read_text())["data"]["path"] == "hf://datasets/me/mine"
 
