@@ -1,5 +1,6 @@
 """Runs on an object store, against a real S3 server: the bits of a run in a folder, wherever it goes on; one driver; clean refusals."""
 
+import functools
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
 from orchestrator import cli_driver, lease
@@ -21,10 +23,11 @@ from orchestrator.store import RunStore
 from tests.buckets import Bucket, diffpruning, new_bucket, published, write_job
 from tests.orchestrator import test_run_latent
 from tests.s3 import ENVIRONMENT
-from workers import files, tasks_route
+from workers import checkpoint, files, tasks_route
 from workers.contracts import InputError, RunFailed
 from workers.mirror import Mirror, works
 from workers.objects import ObjectStore
+from workers.session import Session
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["analyze", "partition", "specialize", "route", "finetune", "publish"]
@@ -274,6 +277,48 @@ def test_redo_sets_aside_in_the_store(done, local):
     assert {name for name in before if name not in after and not name.startswith(".lock/")} <= aside
     assert done.command("run", "--inline", machine="redoer").exit_code == 0
     assert published(done.home / "registry") == published(local)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(bucket, tmp_path) -> ObjectStore:
+    """What a trainer leaves that saved after steps 1, 2 and 3."""
+    mirror = Mirror(str(tmp_path / "trainer"), bucket.run)
+    with files.followed_by(mirror):
+        for step in (1, 2, 3):
+            write = functools.partial(checkpoint.write, tensors={"x": torch.full((4,), float(step))}, about={"step": step})
+            checkpoint.save_step(tmp_path / "trainer" / "train" / "unit", step, write)
+    return mirror.store
+
+
+def resumed(store: ObjectStore, folder: Path) -> tuple[float, list[str]]:
+    """The tensor that another machine goes on from, and what it says of what it passed over."""
+    (folder / "train" / "unit" / "step_0000009").mkdir(parents=True)  # of another life of this machine
+    session = Session(str(folder / "train" / "unit"))
+    with files.followed_by(Mirror(str(folder), store.uri(""))), session.resume() as found:
+        assert found is not None and found.parent == folder / "train" / "unit"
+        return float(checkpoint.read(found)[0]["x"][0]), session.broken
+
+
+def test_the_newest_two_checkpoints_are_kept_and_only_the_tensors_that_are_read_are_fetched(trained, tmp_path):
+    steps = {f"train/unit/step_000000{step}/{name}" for step in (2, 3) for name in ("checkpoint.json", "state.safetensors")}
+    assert set(trained.listing("train")) == steps
+    assert resumed(trained, tmp_path / "other") == (3.0, [])
+    assert [path.parent.name for path in (tmp_path / "other").rglob("state.safetensors")] == ["step_0000003"]
+
+
+def test_a_checkpoint_whose_description_was_not_sent_is_none(trained, tmp_path):
+    trained.delete("train/unit/step_0000003/checkpoint.json")
+    assert resumed(trained, tmp_path / "other") == (2.0, [])
+    assert resumed(trained, tmp_path / "trainer")[0] == 2.0, "the machine that was killed while it sent it"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(trained, tmp_path):
+    trained.put("train/unit/step_0000003/state.safetensors", b"cut off")
+    step, [told] = resumed(trained, tmp_path / "other")
+    assert step == 2.0 and "step_0000003 cannot be read" in told
 
 
 # --- one driver -------------------------------------------------------------------------------------------------------
