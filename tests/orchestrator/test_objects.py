@@ -26,6 +26,7 @@ from tests.s3 import ENVIRONMENT
 from workers import checkpoint, files, tasks_route
 from workers.contracts import InputError, RunFailed
 from workers.mirror import Mirror, works
+from workers.nodes import this_node
 from workers.objects import ObjectStore
 from workers.session import Session
 
@@ -424,6 +425,15 @@ def test_a_store_that_does_not_answer_is_refused(folder, tmp_path):
     sets = ("--set", f"storage.path={uri}", "--set", f"storage.scratch={tmp_path}")
     told = refusal(diffpruning("plan", folder / "job.yaml", *sets))
     assert told.startswith("storage.path: s3://bucket/runs/small?") and "see that the bucket" in told
+
+
+def test_a_node_that_cannot_use_the_store_says_why(bucket, tmp_path, monkeypatch):
+    assert this_node("", Mirror(str(tmp_path), bucket.run)).sees
+    found = this_node("", Mirror(str(tmp_path), bucket.run.replace("s3://bucket-", "s3://nobody-")))
+    assert not found.sees and "NoSuchBucket" in found.why
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    found = this_node("", Mirror(str(tmp_path), bucket.run))
+    assert not found.sees and found.why == "writing to s3:// needs boto3: pip install 'diffpruning[s3]'"
 
 
 @pytest.mark.parametrize("kind", ["ignores conditions", "foreign"])
