@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli_options import device_here, json_option, set_option, show
-from orchestrator.words import DOUBTFUL_ERROR, as_graphs
+from orchestrator.words import DOUBTFUL_ERROR, kernels
 from workers.contracts import InputError, Progress
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def profile(
                 compiled=config.latency.compile if compiled is None else compiled,
                 rewrites=config.export.rewrites,
                 cuda_graphs=config.latency.cuda_graphs,
+                fused_kernels=config.latency.fused_kernels,
                 on_progress=_say,
             )
         found.append(_summary(table, table_path(out, table.identity)))
@@ -120,9 +121,9 @@ def _summary(table: LatencyTable, path: Path) -> dict[str, Any]:
 
 def _text(found: list[dict[str, Any]]) -> str:
     kind = found[0]["identity"]
-    size, how = f"{kind['sample_size']} x {kind['sample_size']}", "compiled blocks" if kind["compiled"] else "not compiled"
+    size, how = f"{kind['sample_size']} x {kind['sample_size']}", kernels(kind["compiled"], kind["cuda_graphs"], kind["fused_kernels"])
     lines = [
-        f"{kind['device']}, {kind['dtype']}, samples of {size}, {how}{as_graphs(kind['cuda_graphs'])}, torch {kind['torch']}",
+        f"{kind['device']}, {kind['dtype']}, samples of {size}, {how}, torch {kind['torch']}",
         "",
         f"{'batch':>5}{'dense ms':>12}{'fastest ms':>12}{'error, median':>15}{'95th pct.':>11}   table",
     ]

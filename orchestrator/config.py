@@ -216,6 +216,7 @@ class Latency(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations.")
     compile: bool = Field(False, description="Residual blocks compiled with torch.compile, as diffusers' compile_repeated_blocks does.")
     cuda_graphs: bool = Field(False, description="Networks replayed as CUDA graphs: what small batches take when no host is in the way.")
+    fused_kernels: bool = Field(False, description="Norms and biases by this project's GPU kernels, as after MixtureDenoiser.fuse().")
 
 
 class Export(Section):
@@ -319,7 +320,9 @@ class JobConfig(Section):
 
     def timing(self) -> Timing:
         latency = self.latency
-        return Timing(latency.batch, latency.dtype, latency.compile, tuple(self.export.rewrites), latency.cuda_graphs)
+        return Timing(
+            latency.batch, latency.dtype, latency.compile, tuple(self.export.rewrites), latency.cuda_graphs, latency.fused_kernels
+        )
 
     @property
     def place(self) -> Place:

@@ -23,7 +23,7 @@ from orchestrator import __version__, figures, figures_quality
 from orchestrator.evidence import Evidence, curves, gather, trainers, trials_of
 from orchestrator.remarks import RELIABLE, remarks, uncertain_cuts, verdict
 from orchestrator.store import read_json
-from orchestrator.words import FEW_STEPS, dropped, gmacs, measured_under, of_dense, percent, predicted_ms, sig, span, timing
+from orchestrator.words import FEW_STEPS, dropped, gmacs, kernels, measured_under, of_dense, percent, predicted_ms, sig, span, timing
 from workers.contracts import Cost, InputError, MixturePlan
 from workers.files import replacing
 from workers.sensitivity import explain
@@ -249,12 +249,13 @@ def build(prepared: Prepared) -> Path:
         tables=[(columns, key_rows(e, columns)) for columns in (quality_columns(e), *fitted(cost_columns(e)))],
         measured_under=measured_under(e.dense.metrics["protocol"]) if e.dense.metrics.get("protocol") else "",
         faster=any(m.sampler for m in e.measured),
-        timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs),
+        timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs, latency.fused_kernels),
         device=e.dense.metrics.get("device") or "this run's device",
         pipeline=_pipeline_class(prepared.job.model.path),
         trials=[(plan, trials_of(e, plan)) for plan in e.chosen],
         experts=[(plan, expert_rows(plan, e.results["route"]["influence"])) for plan in e.chosen],
         few_steps=FEW_STEPS,
+        kernels=kernels,
         overlaps=[figures.overlap(stage, group) for stage, group in trainers(e).items()],
         missing=curves(e)[1],
         published=[(plan, found, _scheduler_class(e, plan, found["path"])) for plan, found in made],

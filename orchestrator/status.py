@@ -154,4 +154,5 @@ def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
 def _batch(manifest: MixtureManifest) -> str:
     """What the job says of the times' circumstances."""
     found = manifest.config.get("latency")
-    return f" for {timing(found['batch'], found['dtype'], found['compile'], found.get('cuda_graphs', False))}" if found else ""
+    later = (found.get(key, False) for key in ("cuda_graphs", "fused_kernels")) if found else ()
+    return f" for {timing(found['batch'], found['dtype'], found['compile'], *later)}" if found else ""

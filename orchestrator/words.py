@@ -102,16 +102,16 @@ def predicted_ms(plan: MixturePlan) -> float | None:
     return None if any(cost.latency_ms is None for cost in costs) else plan.cost("latency")
 
 
-def timing(batch: int, dtype: str, compiled: bool, cuda_graphs: bool = False) -> str:
+def timing(batch: int, dtype: str, compiled: bool, cuda_graphs: bool = False, fused_kernels: bool = False) -> str:
     """Under what a time holds: ``a batch of 16 in float32, not compiled``."""
-    return f"a batch of {batch} in {dtype}, " + ("with compiled blocks" if compiled else "not compiled") + as_graphs(cuda_graphs)
+    return f"a batch of {batch} in {dtype}, " + kernels(compiled, cuda_graphs, fused_kernels)
 
 
 def timed_on(row: Mapping[str, Any], elsewhere: Sequence[str] = ()) -> str:
     """On what, and how, the times of a table were taken; and which of its rows have none, since they were timed on another device."""
     told = f"times: on {row.get('device') or 'a device that an older version did not name'}"
     if row.get("timing"):
-        told += f", {timing(*(row['timing'][key] for key in ('batch', 'dtype', 'compiled', 'cuda_graphs')))}"
+        told += f", {timing(*(row['timing'].get(key, False) for key in ('batch', 'dtype', 'compiled', 'cuda_graphs', 'fused_kernels')))}"
     return told + (f"; those of {both(elsewhere)} are left out, as they are of another device" if elsewhere else "")
 
 
@@ -129,6 +129,7 @@ def measured_under(protocol: Mapping[str, Any]) -> str:
     )
 
 
-def as_graphs(cuda_graphs: bool) -> str:
-    """What follows a circumstance, if it was that too."""
-    return ", as CUDA graphs" if cuda_graphs else ""
+def kernels(compiled: bool, cuda_graphs: bool = False, fused_kernels: bool = False) -> str:
+    """What ran a network, and how."""
+    by = "with compiled blocks" if compiled else "with fused kernels" if fused_kernels else "not compiled"
+    return by + (", as CUDA graphs" if cuda_graphs else "")

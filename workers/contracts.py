@@ -18,6 +18,7 @@ from workers.errors import VerificationError as VerificationError
 from workers.protocol import ExtractorRef as ExtractorRef
 from workers.protocol import Protocol as Protocol
 from workers.protocol import SamplerRef as SamplerRef
+from workers.protocol import Timing as Timing
 from workers.records import Record as Record
 from workers.timesteps import Interval as Interval
 from workers.timesteps import Partition as Partition
@@ -274,25 +275,6 @@ class ElasticSettings(Record):
 
 
 @dataclass(frozen=True)
-class Timing(Record):
-    """Under what a denoiser is timed.
-
-    ``compiled``: with regional compilation; ``rewrites``: those of what is exported; ``cuda_graphs``: replayed as a CUDA graph.
-    """
-
-    batch: int
-    dtype: str
-    compiled: bool
-    rewrites: tuple[str, ...] = ()
-    cuda_graphs: bool = False
-
-    def check(self, device: str) -> None:
-        """Raises: InputError if nothing can be timed so on ``device``; auto may still become one on which it can."""
-        if self.cuda_graphs and device == "cpu":
-            raise InputError("latency.cuda_graphs is true, but the device is cpu: set it to false")
-
-
-@dataclass(frozen=True)
 class LatencyTask(Record):
     """Measure a denoiser's latency table on the worker's device, unless ``folder`` holds it."""
 
@@ -304,7 +286,8 @@ class LatencyTask(Record):
 
 @dataclass(frozen=True)
 class TrainSettings(Record):
-    """One expert's training; meanings and bounds are those of the job file's ``specialize`` and ``finetune`` sections."""
+    """One expert's training, as ``specialize`` and ``finetune`` of a job file say it. ``relative_errors``: one counts as a part of the
+    teacher's at its timestep."""
 
     steps: int
     batch_size: int
@@ -321,7 +304,6 @@ class TrainSettings(Record):
     denoising_weight: float
     cuda_graphs: bool = True
     relative_errors: bool = False
-    """Whether an error counts as a part of the teacher's at its timestep."""
 
 
 @dataclass(frozen=True)

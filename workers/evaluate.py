@@ -22,6 +22,7 @@ from workers import extractors, families
 from workers.contracts import EvaluateTask, InputError
 from workers.cost import count
 from workers.diffusion import NoiseSchedule, generator, sampler_timesteps, steps_per_expert
+from workers.fused import fuse
 from workers.graphs import Graphs
 from workers.regional import RegionCompiler
 
@@ -121,6 +122,8 @@ def cost_per_step(
         others = torch.cuda.memory_allocated()
     (x, t), told = families.example_inputs(config, timing.batch, device, dtype)
     nn.Module.to(model, device, dtype)  # diffusers' own warns of modules that it would keep in float32, of which there are none
+    if timing.fused_kernels:
+        fuse(model)
     if timing.compiled:
         (compiler or RegionCompiler()).compile(model)
     if cuda:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from workers import conditioning, families, first_stage, pretrained
 from workers.contracts import InputError, SamplerRef
 from workers.diffusion import make_sampler, sample, sampler_timesteps
+from workers.fused import fuse
 from workers.mixture import MixtureDenoiser
 
 
@@ -76,12 +77,14 @@ class Surroundings:
 class SamplingDenoiser:
     """A denoiser as a sampler calls it: float32 in and out, ``dtype`` inside. Nothing of a step waits for the device.
 
-    The model is moved and converted for good.
+    The model is moved and converted for good; ``fused``: on a GPU it runs by `workers.fused`.
     """
 
-    def __init__(self, model: Any, device: str, dtype: str = "float32") -> None:
+    def __init__(self, model: Any, device: str, dtype: str = "float32", fused: bool = False) -> None:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.model: Any = nn.Module.to(model, device, self.dtype)
+        if fused and device.startswith("cuda"):
+            fuse(self.model)
         self.device = device
         self._timesteps: dict[float, Tensor] = {}
 

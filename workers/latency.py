@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from workers import families
 from workers.contracts import ArchitectureSpec, ElasticSettings, Progress, SearchSpace, derive_seed, digest_of
 from workers.elastic import Branch, extract, search_space
+from workers.fused import fuse
 from workers.graphs import Graphs
 from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation, find, table_path
 from workers.regional import RegionCompiler
@@ -117,8 +118,8 @@ def random_networks(space: SearchSpace, count: int, seed: int) -> list[Architect
 class Weights:
     """Random weights that all sub-networks share, a storage per name: a hundred of them take the memory of one."""
 
-    def __init__(self, device: str, dtype: torch.dtype, seed: int) -> None:
-        self.dtype = dtype
+    def __init__(self, device: str, dtype: torch.dtype, seed: int, channels_last: bool = False) -> None:
+        self.dtype, self.channels_last = dtype, channels_last
         self.generator = torch.Generator(device).manual_seed(seed)
         self.storages: dict[str, Tensor] = {}
 
@@ -127,7 +128,10 @@ class Weights:
         if name not in self.storages or self.storages[name].numel() < count:
             values = torch.randn(count, generator=self.generator, device=self.generator.device) * WEIGHT_STD
             self.storages[name] = values.to(dtype)
-        return self.storages[name][:count].view(*shape)
+        values = self.storages[name][:count]
+        if self.channels_last and len(shape) == 4:
+            return values.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+        return values.view(*shape)
 
     def fill(self, model: nn.Module) -> nn.Module:
         """Give a model of the meta device weights. Returns it."""
@@ -214,6 +218,7 @@ def observe(
     rewrites: Sequence[str],
     compiler: RegionCompiler | None,
     graphs: Graphs | None,
+    fused_kernels: bool = False,
     clock: Clock,
     visits: int,
     seed: int,
@@ -224,6 +229,8 @@ def observe(
     found, networks, steps = [Observation(spec) for spec in specs], [], len(specs) * (1 + visits)
     for spec in specs:
         small = weights.fill(apply(extract(model, branches, spec), rewrites)).eval()
+        if fused_kernels:
+            fuse(small)
         networks.append(_passes(small if compiler is None else compiler.compile(small), inputs, branches, clock, graphs))
         clock.wait()
         on_step(len(networks), steps)
@@ -285,6 +292,7 @@ def identity_of(
     compiled: bool,
     rewrites: Sequence[str] = (),
     cuda_graphs: bool = False,
+    fused_kernels: bool = False,
 ) -> LatencyIdentity:
     """What a table measured here and now would hold for. ``device``: cpu or cuda; ``dtype``: the name of a torch dtype."""
     space = search_space(meta_model(config, settings)[1])
@@ -301,6 +309,7 @@ def identity_of(
         cuda=torch.version.cuda if device.startswith("cuda") else None,
         rewrites=tuple(sorted(rewrites)),
         cuda_graphs=cuda_graphs,
+        fused_kernels=fused_kernels,
     )
 
 
@@ -325,6 +334,7 @@ def measure(
     compiled: bool = False,
     rewrites: Sequence[str] = (),
     cuda_graphs: bool = False,
+    fused_kernels: bool = False,
     visits: int = 7,
     validation_networks: int = 30,
     seed: int = 0,
@@ -334,10 +344,10 @@ def measure(
     """Measure the table of every site choice of a denoiser, and its error on ``validation_networks`` random sub-networks.
 
     ``device``: cpu or cuda; ``dtype``: float32, bfloat16 or float16; ``batch``: images of a forward pass; ``compiled``: with regional
-    compilation; ``rewrites``: exact ones that every network gets; ``cuda_graphs``: replayed as CUDA graphs, on cuda only. Every network is
-    visited ``visits`` times. Nothing else should run on the device meanwhile.
+    compilation; ``rewrites``: exact ones that every network gets; ``cuda_graphs``: replayed as CUDA graphs, on cuda only, like
+    ``fused_kernels`` (`workers.fused`). Every network is visited ``visits`` times. Nothing else should run on the device meanwhile.
     """
-    kind: dict[str, Any] = {"compiled": compiled, "rewrites": rewrites, "cuda_graphs": cuda_graphs}
+    kind: dict[str, Any] = {"compiled": compiled, "rewrites": rewrites, "cuda_graphs": cuda_graphs, "fused_kernels": fused_kernels}
     identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, **kind)
     model, branches = meta_model(config, settings)
     covering = covering_networks(search_space(branches), seed)
@@ -353,9 +363,10 @@ def measure(
         branches,
         families.example_inputs(config, batch, device, getattr(torch, dtype)),
         rewrites=rewrites,
-        weights=Weights(device, getattr(torch, dtype), derive_seed(seed, "latency", "weights")),
+        weights=Weights(device, getattr(torch, dtype), derive_seed(seed, "latency", "weights"), fused_kernels),
         compiler=RegionCompiler() if compiled else None,
         graphs=Graphs() if cuda_graphs else None,
+        fused_kernels=fused_kernels,
         clock=clock or (CudaClock() if device.startswith("cuda") else CpuClock()),
         visits=visits,
         seed=seed,
@@ -375,6 +386,7 @@ def find_or_measure(
     compiled: bool = False,
     rewrites: Sequence[str] = (),
     cuda_graphs: bool = False,
+    fused_kernels: bool = False,
     on_progress: Callable[[Progress], None] = lambda event: None,
 ) -> LatencyTable:
     """The table of this denoiser, here and now: from ``folder`` if it was measured before, else measured and put there.
@@ -382,7 +394,7 @@ def find_or_measure(
     Raises: InputError if the file that should hold it is damaged or another's.
     """
     kind: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "compiled": compiled}
-    kind |= {"rewrites": rewrites, "cuda_graphs": cuda_graphs}
+    kind |= {"rewrites": rewrites, "cuda_graphs": cuda_graphs, "fused_kernels": fused_kernels}
     identity = identity_of(config, settings, **kind)
     table = find(folder, identity)
     if table is None:

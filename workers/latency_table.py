@@ -33,6 +33,8 @@ class LatencyIdentity(Record):
     """Exact rewrites that all networks had."""
     cuda_graphs: bool = False
     """Whether the networks were replayed as CUDA graphs (workers.graphs)."""
+    fused_kernels: bool = False
+    """Whether norms and biases were this project's kernels (workers.fused)."""
 
     @property
     def digest(self) -> str:

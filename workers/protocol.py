@@ -1,4 +1,4 @@
-"""Under what a distance was measured: a record with an id. Numbers with different ids are never put side by side. Standard library only."""
+"""Under what a distance, and a time, was measured. Numbers with different ids are never put side by side. Standard library only."""
 
 from __future__ import annotations
 
@@ -79,3 +79,26 @@ def common_protocol(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] 
                 f"{protocol['id']}, which differ in {odd}: measure both under one"
             )
     return found[0][1] if found else None
+
+
+@dataclass(frozen=True)
+class Timing(Record):
+    """Under what a denoiser is timed: ``compiled`` region by region, ``rewrites`` as exported, ``cuda_graphs`` replayed, and
+    with ``fused_kernels`` of `workers.fused`."""
+
+    batch: int
+    dtype: str
+    compiled: bool
+    rewrites: tuple[str, ...] = ()
+    cuda_graphs: bool = False
+    fused_kernels: bool = False
+
+    def check(self, device: str) -> None:
+        """Raises: InputError if nothing can be timed so on ``device``; auto may still become one on which it can."""
+        for name in ("cuda_graphs", "fused_kernels"):
+            if getattr(self, name) and device == "cpu":
+                raise InputError(f"latency.{name} is true, but the device is cpu: set it to false")
+        if self.fused_kernels and self.compiled:
+            raise InputError(
+                "latency.fused_kernels and latency.compile are both true: a compiler brings kernels of its own; set one to false"
+            )

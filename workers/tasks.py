@@ -73,6 +73,7 @@ def measure_latency(session: Session, item: LatencyTask) -> str:
         compiled=item.timing.compiled,
         rewrites=item.timing.rewrites,
         cuda_graphs=item.timing.cuda_graphs,
+        fused_kernels=item.timing.fused_kernels,
         on_progress=session.report,
     )
     return str(table_path(Path(item.folder), table.identity))

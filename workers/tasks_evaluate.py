@@ -97,7 +97,7 @@ def evaluate_shard(session: Session, item: EvaluateTask) -> str:
 
     on_images(0)
     losses = _losses(model, around, item, session.device, on_images)
-    denoiser = SamplingDenoiser(model, session.device, item.dtype)
+    denoiser = SamplingDenoiser(model, session.device, item.dtype, fused=not item.compiled)
     if item.compiled:
         _compiler().compile(denoiser.model)
     sampler, batches = SamplerRef(item.scheduler, item.steps, item.eta), []

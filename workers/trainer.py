@@ -1,8 +1,8 @@
 """One training step: sub-networks distilled from the frozen dense model, weights in float32, arithmetic in the precision asked for.
 
 In bfloat16 the networks run on a copy of the weights that is rounded anew after every step: autocast would convert weights and activations
-again for every layer of every sub-network, and norms would run in float32. On a GPU, what is the same in every step is replayed as CUDA
-graphs: launching a small U-Net's kernels one by one takes longer than running them.
+again for every layer of every sub-network, and norms would run in float32. On a GPU that copy and the teacher are fused (`workers.fused`),
+and what is the same in every step is replayed as CUDA graphs: launching a small U-Net's kernels one by one takes longer than running them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ from torch import Tensor, nn
 from workers.contracts import ArchitectureSpec, TrainSettings
 from workers.diffusion import NoiseSchedule
 from workers.elastic import ElasticDenoiser
+from workers.fused import channels_last, fuse
 from workers.graphs import Graphs
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+
+
+def fuses(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether networks run by `workers.fused`: on a GPU, where there is a copy for it."""
+    return device.type == "cuda" and dtype != torch.float32
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -160,9 +166,15 @@ class Trainer:
         """``features``: the modules of both networks whose outputs are distilled. Both are on the accelerator's device; the teacher is
         converted to the precision of the steps."""
         dtype = DTYPES[settings.mixed_precision]
+        fused = fuses(accelerator.device, dtype)
+        if fused:
+            channels_last(elastic)  # laid out like the copy, or every step would turn the weights over
         averaged = copy.deepcopy(elastic.model).requires_grad_(False)
         running = elastic if dtype == torch.float32 else nn.Module.to(copy.deepcopy(elastic), dtype=dtype)
         nn.Module.to(teacher, dtype=dtype).requires_grad_(False)
+        if fused:
+            fuse(running)
+            fuse(teacher)
         optimizer = torch.optim.AdamW(
             elastic.parameters(),
             lr=settings.learning_rate,
@@ -293,12 +305,17 @@ class Trainer:
 
         self.model.model.load_state_dict(part("model."))
         self.averaged.load_state_dict(part("ema."))
-        slots: dict[int, dict[str, Tensor]] = {}
+        slots, weights = dict[int, dict[str, Tensor]](), list(self.model.parameters())
         for name, tensor in part("optimizer.").items():
             index, _, slot = name.partition(".")
-            slots.setdefault(int(index), {})[slot] = tensor
+            slots.setdefault(int(index), {})[slot] = _laid_out_like(weights[int(index)], tensor)
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self._round()
+
+
+def _laid_out_like(weight: Tensor, value: Tensor) -> Tensor:
+    """What an optimiser keeps of a weight, in the weight's layout: a fused one takes numbers as they lie in memory."""
+    return torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

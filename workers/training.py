@@ -139,6 +139,7 @@ def fit(
         if time.time() - told > 0.5 or step == settings.steps:
             report(step)
             told = time.time()
+    trainer.captured = None  # graphs and trainer refer to each other: the memory of one expert would outlast it
     loss = history[-1][1] if history else 0.0
     return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, time.time())
 

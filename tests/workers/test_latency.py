@@ -297,6 +297,7 @@ OTHERS = {
     "cuda": None,
     "rewrites": ("fuse_qkv",),
     "cuda_graphs": True,
+    "fused_kernels": True,
 }
 
 
