@@ -277,8 +277,9 @@ class RunStore:
 
     def has(self, path: Path) -> bool:
         """Whether a file is finished, be it here or not."""
-        name = self.mirror and self.mirror.name_of(path)
-        return path.exists() if self.mirror is None or name is None else self.mirror.store.find(name) is not None
+        if self.mirror is None:
+            return path.exists()
+        return self.mirror.store.find(path.relative_to(self.folder).as_posix()) is not None
 
 
 def _writer_lives(temporary: Path) -> bool:

@@ -158,6 +158,7 @@ def test_reports_evaluations_and_sweeps_go_to_the_store(done):
 # --- continued --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_specialize_goes_on_on_another_machine_with_the_same_bits(bucket, local, monkeypatch):
     command = [sys.executable, "-m", "orchestrator", "run", str(bucket.folder / "job.yaml"), "--inline", *bucket.options()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -242,6 +243,7 @@ def on_fresh_nodes(monkeypatch) -> None:
     monkeypatch.setattr(cli_driver, "_cluster", elsewhere)
 
 
+@pytest.mark.slow
 def test_workers_that_share_nothing_but_the_store_make_the_same_bits(bucket, local, monkeypatch):
     on_fresh_nodes(monkeypatch)
     done = bucket.command("run", "--inline")
