@@ -16,6 +16,7 @@ from orchestrator.store import read_json, write_json
 from workers import families, tasks_route
 from workers.contracts import ExpertCheckpoint, RouteTask, digest_of
 from workers.diffusion import sampler_timesteps, steps_per_expert
+from workers.files import remove
 from workers.influence import influences
 from workers.trials import InfluenceTask
 
@@ -50,7 +51,7 @@ def _influence(ctx: Context, item: RouteTask) -> str | None:
         timesteps = sampler_timesteps(job.sampler.scheduler, families.load_scheduler_config(item.model), job.sampler.steps)
         shares = [count / len(timesteps) for count in steps_per_expert(item.partition, timesteps)]
         write_json(out, {"influence": influences(distances, errors, shares), "distances": distances, "errors": errors})
-        dense.unlink()
+        remove(dense)
     return str(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -79,6 +80,10 @@ def _published(prepared: Prepared, versions: Sequence[str]) -> dict[str, Any]:
     registry, mine, found = Registry(prepared.job.registry.path), families.load_config(prepared.job.model.path), {}
     for name in versions:
         version = registry.resolve(name)
+        if prepared.store.mirror is not None and not registry.is_local and os.environ.get("RAY_ADDRESS"):
+            raise InputError(
+                f"--version {name}: with storage.path on an object store, a cluster's other nodes would not see it: use --inline"
+            )
         folder = local(registry, version, prepared.store.folder.parent / ".versions")  # where every worker sees it
         theirs = families.load_config(folder)
         for key in ("in_channels", "out_channels", "sample_size"):

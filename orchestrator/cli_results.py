@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli_options import columns_option, json_option, run_folder, show
+from orchestrator.cli_options import columns_option, json_option, run_store, show
 from workers.contracts import InputError
 
 
@@ -27,11 +27,13 @@ def results(runs: tuple[str, ...], group: bool, out: Path | None, figure: Path |
             raise InputError(f"{option}: no such folder: {path.parent}")
         if path is not None and path.is_dir():
             raise InputError(f"{option}: {path} is a folder; give the name of a file")
-    folders = [run_folder(run, ()) for run in runs]
+    stores = [run_store(run, ()) for run in runs]
     from orchestrator import results as table
     from workers.files import replacing
 
-    found = table.collect([table.load(folder) for folder in folders], group)
+    found = table.collect([table.load(store.folder) for store in stores], group)
+    for store in stores:
+        found = store.told(found)
     if figure is not None:
         from orchestrator import figures_quality
 

@@ -17,9 +17,11 @@ from urllib.parse import unquote, urlsplit
 
 from orchestrator import aliases
 from orchestrator.aliases import one_line
-from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, Files, LocalFiles, NotAFile, as_json, files_below, is_plain, read, sha256
-from orchestrator.registry_objects import OPTIONS, ObjectFiles
+from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, Files, LocalFiles, NotAFile, as_json, files_below, read, sha256
+from orchestrator.registry_objects import ObjectFiles
 from workers.contracts import GOLDEN, InputError, MixtureManifest, VerificationError
+from workers.files import is_plain
+from workers.objects import OPTIONS
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
@@ -88,7 +90,7 @@ class Registry:
         scheme = text.partition(":")[0].lower() if is_uri else ""
         self.files: Files
         if scheme in OPTIONS:
-            self.files = ObjectFiles.of(re.sub("^[^:]*:/+", f"{scheme}://", text))  # a Path has one slash
+            self.files = ObjectFiles.of(re.sub("^[^:]*:/+", f"{scheme}://", text), "registry")  # a Path has one slash
         elif not text or (is_uri and not text.startswith("file:///")) or not text.isprintable():
             known = "a local path, file:///absolute/path, s3://bucket/prefix or gs://bucket/prefix"
             raise InputError(f"registry {text!r}: is not {known}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from orchestrator.remarks import RELIABLE, remarks, uncertain_cuts, verdict
 from orchestrator.store import read_json
 from orchestrator.words import FEW_STEPS, dropped, gmacs, kernels, measured_under, of_dense, percent, predicted_ms, sig, span, timing
 from workers.contracts import Cost, InputError, MixturePlan
+from workers.files import replacing
 from workers.sensitivity import explain
 
 if TYPE_CHECKING:
@@ -280,11 +280,6 @@ def build(prepared: Prepared) -> Path:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """Atomically: beside, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -39,6 +39,7 @@ from workers.contracts import (
     derive_seed,
 )
 from workers.cost import cost_table, require_reachable
+from workers.files import remove
 from workers.latency_table import LatencyTable
 
 
@@ -68,7 +69,7 @@ def analyze(ctx: Context) -> dict[str, Any]:
     ctx.cluster.scatter(tasks.embed_timesteps, [item for item in items if not Path(item.out).exists()])
     [matrix] = ctx.cluster.scatter(tasks.compare_timesteps, [(tuple(items), num_timesteps, str(ctx.folder / "gram.npy"))])
     for part in ctx.folder.glob("embed-*.npy"):  # an attempt with another number of workers had other chunks
-        part.unlink()
+        remove(part)
     return {"similarity": matrix.to_json()}
 
 

@@ -25,7 +25,7 @@ from workers import checkpoint, conditioning, data, evaluate, extractors, famili
 from workers.contracts import DenoiserRef, EvaluateTask, ExtractorRef, InputError, Progress, RunFailed, SamplerRef, derive_seed
 from workers.diffusion import NoiseSchedule, make_sampler, pixels, sampler_timesteps
 from workers.elastic import extract, reorder
-from workers.files import replacing
+from workers.files import finished, remove, replacing
 from workers.frechet import Statistics, frechet_distance, kernel_distance, read_statistics
 from workers.generate import SamplingDenoiser, Surroundings
 from workers.latency import device_name
@@ -208,7 +208,7 @@ def _write_row(item: RowTask, row: dict[str, Any]) -> None:
     with replacing(out) as path:
         path.write_text(json.dumps(row, indent=1) + "\n")
     for shard in out.parent.glob(f"{out.stem}.*of*.npz"):
-        shard.unlink()
+        remove(shard)
 
 
 def _joined(shards: Sequence[dict[str, np.ndarray]], name: str) -> np.ndarray:
@@ -270,4 +270,5 @@ def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, SamplerRef,
             raise RunFailed(f"what was trained cannot be published: {error}") from error
     except SafetensorError as error:  # a full disk, which safetensors does not report as OSError
         raise RunFailed(f"the mixture cannot be written to {out}: {error}: the same command again continues") from error
+    finished(Path(out))
     return out

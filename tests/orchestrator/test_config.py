@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 import yaml
 
-from orchestrator.config import BUNDLED, Elastic, Finetune, JobConfig, Router, Specialize, Training, find_job, job_schema, load_job
+from orchestrator.config import Elastic, Finetune, JobConfig, Router, Specialize, Training, job_schema, load_job
+from orchestrator.job_file import BUNDLED, find_job
 from workers.contracts import ElasticSettings, InputError, RouteSettings, TrainSettings
 
 JOB = {"name": "small", "model": {"path": "a-model"}, "data": {"path": "some-images"}, "budgets": [{"ratio": 0.5}]}
