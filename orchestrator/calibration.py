@@ -18,6 +18,7 @@ from orchestrator.store import read_json, write_json
 from workers import families, tasks_route
 from workers.contracts import ExpertCheckpoint, RouteTask, digest_of
 from workers.diffusion import sampler_timesteps, steps_per_expert
+from workers.files import remove
 from workers.influence import drawn_with, influences
 from workers.trials import InfluenceTask
 
@@ -78,7 +79,7 @@ def _distances(ctx: Context, item: RouteTask, samples: int, guidance: float) -> 
     seconds += sum(ctx.cluster.calls[-1].units)
     distances, errors = ([pair[i] for pair in found] for i in (0, 1))
     write_json(out, {"distances": distances, "errors": errors, "seconds": round(seconds, 2)})
-    dense.unlink()
+    remove(dense)
     return _read(str(out))
 
 

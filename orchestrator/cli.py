@@ -182,7 +182,8 @@ def run(
         if "publish" in results and not report.is_current(prepared):
             page = report.build(prepared)
     published = results.get("publish", {}).get("published", {})
-    found = {"run_folder": str(prepared.store.folder), "report": str(page) if page.exists() else None, "published": published}
+    where = prepared.store.where
+    found = {"run_folder": where(), "report": where(page) if page.exists() else None, "published": published}
     show(found, as_json, lambda: _run_text(found))
 
 
@@ -206,6 +207,7 @@ def encode(job: str, overrides: tuple[str, ...], inline: bool, as_json: bool) ->
         made = stages.encode_images(plan, cluster, view.say)
         if not plan.finished:
             view.on_stage("encode", "finished", time.monotonic() - started)
+    made = prepared.store.told(made)
     show(made, as_json, lambda: f"{made['count']} images as latents in {made['path']}")
 
 
@@ -222,7 +224,7 @@ def _run_text(found: dict[str, Any]) -> str:
 @click.option("--watch", is_flag=True, help="Until the run ends, and leave with its exit code. With --json one document per line.")
 @json_option
 def status(job: str, overrides: tuple[str, ...], watch: bool, as_json: bool) -> None:
-    """Where a run stands: JOB is a job file or a run folder. Reads files only, so any machine that sees the storage will do."""
+    """Where a run stands: JOB is a job file, a run folder, or its s3:// URI. Any machine that sees the storage will do."""
     from orchestrator import status as view
 
     if watch:
@@ -242,7 +244,9 @@ def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
     config = load_job(job, overrides)
     from orchestrator import planning, report
 
-    page = str(report.build(planning.prepare(config)))
+    prepared = planning.prepare(config)
+    with prepared.store.followed():
+        page = prepared.store.where(report.build(prepared))
     show({"report": page}, as_json, lambda: page)
 
 

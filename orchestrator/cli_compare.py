@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from orchestrator.cli_driver import driver
-from orchestrator.cli_options import json_option, run_folder, set_option, show
+from orchestrator.cli_options import json_option, run_store, set_option, show
 from workers.contracts import InputError
 
 
@@ -48,7 +48,7 @@ def _analysis(prepared: Any, results: dict[str, dict[str, Any]]) -> dict[str, An
     with replacing(figure) as path:
         path.write_bytes(figures.similarity(matrix, partitions, cut["boundary_frequency"], curve))
     return {
-        "run_folder": str(prepared.store.folder),
+        "run_folder": prepared.store.where(),
         "measure": matrix.measure,
         "images": matrix.images,
         "timesteps": list(matrix.timesteps),
@@ -57,7 +57,7 @@ def _analysis(prepared: Any, results: dict[str, dict[str, Any]]) -> dict[str, An
         "rule": cut.get("rule", "learned"),
         "cost": {name: cost for name, (_, cost) in partitions.items()},
         "reliability": {"median": median(matrix.reliability), "by_timestep": list(matrix.reliability)},
-        "figure": str(figure),
+        "figure": prepared.store.where(figure),
     }
 
 
@@ -89,10 +89,12 @@ def compare(run_a: str, run_b: str, out: Path, as_json: bool) -> None:
         raise InputError(f"--out: no such folder: {out.parent}")
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; give the name of an HTML file")
-    folders = [run_folder(run, ()) for run in (run_a, run_b)]
+    stores = [run_store(run, ()) for run in (run_a, run_b)]
     from orchestrator import compare as comparing
 
-    found = comparing.compare(comparing.load(folders[0]), comparing.load(folders[1]))
+    found = comparing.compare(comparing.load(stores[0].folder), comparing.load(stores[1].folder))
+    for store in stores:
+        found = store.told(found)
     comparing.write_page(found, out)
     found["page"] = str(out.resolve())
     show(found, as_json, lambda: f"{comparing.text(found)}\n\npage  {found['page']}")

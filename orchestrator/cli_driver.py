@@ -38,7 +38,7 @@ def driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]
 
         def cluster() -> Any:
             if not clusters:
-                clusters.append(_cluster(prepared.job, view, on_progress, inline, prepared.store.folder))
+                clusters.append(_cluster(prepared.job, view, on_progress, inline, prepared.store))
                 prepared.job.timing().check(clusters[-1].need.device)  # what auto has become
             return clusters[-1]
 
@@ -74,7 +74,7 @@ def check_capacity(job: Any) -> None:
         need.check([{"CPU": cpus_here(asked.local_cpus)}], "a Ray on this machine (RAY_ADDRESS is not set)")
 
 
-def _cluster(job: Any, view: Any, on_progress: Callable[[Any], None], inline: bool, folder: Path) -> Any:
+def _cluster(job: Any, view: Any, on_progress: Callable[[Any], None], inline: bool, store: Any) -> Any:
     need = job.resources
     if inline:
         from orchestrator.cluster import InlineCluster, Need
@@ -97,5 +97,6 @@ def _cluster(job: Any, view: Any, on_progress: Callable[[Any], None], inline: bo
         max_failures=need.max_failures,
         on_progress=on_progress,
         on_trainers=view.trainers,
-        folder=folder,
+        folder=store.folder,
+        mirror=store.mirror,
     )

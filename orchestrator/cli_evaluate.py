@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator import tables
 from orchestrator.cli_driver import driver
-from orchestrator.cli_options import json_option, set_option, show
-from orchestrator.words import measured_under, sig, timed_on
+from orchestrator.cli_options import columns_option, json_option, set_option, show
+from orchestrator.words import both, measured_under, optional, sampler, sig, timed_on
 from workers.contracts import InputError
 
 if TYPE_CHECKING:
@@ -27,8 +28,17 @@ if TYPE_CHECKING:
 @click.option("--only", multiple=True, metavar="LABEL", help="Rows to measure, e.g. macs-0.50 or 'dense ddim:25'; dense comes with them.")
 @click.option("--version", "versions", multiple=True, metavar="MODEL[@alias|:version]", help="A published mixture as one more row.")
 @click.option("--inline", is_flag=True, help="Run everything in this process, one after the other, without Ray.")
+@columns_option
 @json_option
-def evaluate(job: str, overrides: tuple[str, ...], only: tuple[str, ...], versions: tuple[str, ...], inline: bool, as_json: bool) -> None:
+def evaluate(
+    job: str,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    versions: tuple[str, ...],
+    inline: bool,
+    more: bool,
+    as_json: bool,
+) -> None:
     """Measure the dense model, also under the samplers of evaluate.dense, and the run's mixtures; print one table.
 
     What was measured before under the same protocol is not measured again. Before there are mixtures, the rows of the dense model.
@@ -37,34 +47,27 @@ def evaluate(job: str, overrides: tuple[str, ...], only: tuple[str, ...], versio
 
     config = load_job(job, overrides)
     from orchestrator import evaluation, planning, stages
-    from orchestrator.results import TABLE
+    from orchestrator.results import TABLE, holding
     from orchestrator.store import read_json, write_json
 
     prepared = planning.make_ready(config)
     ctx = _context(prepared)
-    rows = _chosen(stages.rows(ctx, _published(prepared, versions)), only)  # refuses before anything is written
+    rows = stages.rows(ctx, _published(prepared, versions))
+    chosen = _chosen(rows, only)  # refuses before anything is written
     with driver(prepared, inline) as (view, cluster):
         view.on_stage("evaluate", "running", 0.0)
         started = time.monotonic()
-        metrics = evaluation.read_table(stages.evaluate(replace(ctx, cluster=cluster(), say=view.say), rows, "evaluate"))
+        ctx = replace(ctx, cluster=cluster(), say=view.say)
+        stages.evaluate(ctx, chosen, "evaluate")
+        measured = {label: file for label, file in evaluation.files_of(ctx, rows, "evaluate").items() if file.exists()}
+        metrics = evaluation.read_table(measured, rows)
         view.on_stage("evaluate", "finished", time.monotonic() - started)
-        mixtures = ctx.fingerprints["finetune"]
-        found = {"protocol": metrics[evaluation.DENSE]["protocol"], "mixtures": mixtures, "rows": metrics}
-        table = prepared.store.folder / TABLE
-        write_json(table, {**found, "rows": {**metrics, **_still_true(read_json(table) or {}, found)}})
-    show(found, as_json, lambda: text(found))
-
-
-def _still_true(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows of the table ``before`` not asked for now that hold beside those that were: of one protocol, timing and mixtures."""
-    dense, same = found["rows"]["dense"], before.get("mixtures") == found["mixtures"]
-    return {
-        label: row
-        for label, row in before.get("rows", {}).items()
-        if label not in found["rows"]
-        and (same or label.startswith("dense "))
-        and all(row.get(key) == dense.get(key) for key in ("protocol", "timing", "samples"))
-    }
+        dense, mixtures, table = metrics[evaluation.DENSE], ctx.fingerprints["finetune"], prepared.store.folder / TABLE
+        before = read_json(table) or {}
+        kept = holding(before.get("rows", {}), dense, before.get("mixtures") == mixtures)  # also what this job no longer asks for
+        found = {"protocol": dense["protocol"], "mixtures": mixtures, "rows": {label: metrics[label] for label in chosen}}
+        write_json(table, {**found, "rows": {**metrics, **{label: row for label, row in kept.items() if label not in metrics}}})
+    show(found, as_json, lambda: text(found, more))
 
 
 def _published(prepared: Prepared, versions: Sequence[str]) -> dict[str, Any]:
@@ -77,6 +80,10 @@ def _published(prepared: Prepared, versions: Sequence[str]) -> dict[str, Any]:
     registry, mine, found = Registry(prepared.job.registry.path), families.load_config(prepared.job.model.path), {}
     for name in versions:
         version = registry.resolve(name)
+        if prepared.store.mirror is not None and not registry.is_local and os.environ.get("RAY_ADDRESS"):
+            raise InputError(
+                f"--version {name}: with storage.path on an object store, a cluster's other nodes would not see it: use --inline"
+            )
         folder = local(registry, version, prepared.store.folder.parent / ".versions")  # where every worker sees it
         theirs = families.load_config(folder)
         for key in ("in_channels", "out_channels", "sample_size"):
@@ -106,30 +113,45 @@ def _chosen(rows: dict[str, Row], only: Sequence[str]) -> dict[str, Row]:
     return {label: row for label, row in rows.items() if not only or label in only or label == "dense"}
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """The table, one row per denoiser and sampler, and the protocol that holds for all of them."""
-    rows = found["rows"]
-    names = {label: label + (f" (= {row['same_as']})" if row.get("same_as") else "") for label, row in rows.items()}
-    width = max(14, *(len(name) + 2 for name in names.values()))
-    distances = any("frechet" in row for row in rows.values())
-    head = f"{'':<{width}}{'sampler':<12}{'GMACs/step':>11}{'ms/step':>10}{'time':>8}{'MACs':>8}"
-    lines = [head + (f"{'FD':>10}{'KID':>11}" if distances else "") + f"{'MSE to dense':>14}{'images/s':>10}"]
-    dense = rows["dense"]
+def text(found: Mapping[str, Any], more: bool = False) -> str:
+    """The table, one row per denoiser and sampler, and the protocol that holds for all of them. ``more``: all columns."""
+    rows, dense = found["rows"], found["rows"]["dense"]
     elsewhere = [label for label, row in rows.items() if row.get("device") != dense.get("device")]
-    for label, row in rows.items():
-        sampler = f"{row['sampler']['scheduler']}:{row['sampler']['steps']}"
-        macs = row["calls"] * row["gmacs_per_step"] / (dense["calls"] * dense["gmacs_per_step"])
-        times = f"{'-':>10}{'-':>8}" if label in elsewhere else f"{row['ms_per_step']:>10.3g}{row['relative_time']:>8.1%}"
-        cells = f"{sampler:<12}{row['gmacs_per_step']:>11.3f}{times}{macs:>8.1%}"
-        if distances:
-            cells += f"{_number(row.get('frechet')):>10}{_number(row.get('kid')):>11}"
-        rate = "-" if label in elsewhere else _number(row["images_per_s"])
-        lines.append(f"{names[label]:<{width}}{cells}{_number(row['paired_mse']):>14}{rate:>10}")
+    otherwise = [label for label, row in rows.items() if label not in elsewhere and row.get("drawn") != dense.get("drawn")]
+    macs = dense["calls"] * dense["gmacs_per_step"]
+
+    def column(key: str, form: Callable[[float], str] = sig, without: Sequence[str] = ()) -> list[str]:
+        cells = {label: optional(row.get(key), form) for label, row in rows.items()}
+        return ["-" if cell and label in without else cell for label, cell in cells.items()]
+
+    columns = {
+        "": [label + (f" (= {row['same_as']})" if row.get("same_as") else "") for label, row in rows.items()],
+        "agent": [row.get("agent") or "" for row in rows.values()],
+        "sampler": [sampler(row) for row in rows.values()],
+        "GMACs/step": column("gmacs_per_step", "{:.3f}".format),
+        "ms/step": column("ms_per_step", "{:.3g}".format, elsewhere),
+        "time": column("relative_time", "{:.1%}".format, elsewhere),
+        "MACs": [f"{row['calls'] * row['gmacs_per_step'] / macs:.1%}" for row in rows.values()],
+        "FD": column("frechet"),
+        "KID": column("kid"),
+        "MSE to dense": column("paired_mse"),
+        "images/s": column("images_per_s", sig, [*elsewhere, *otherwise]),
+        "trained on": column("trained_images", "{:,}".format),
+        "trainer s": column("trainer_seconds", "{:,.0f}".format),
+    }
+    if more:
+        columns |= {
+            "LPIPS to dense": column("paired_lpips"),
+            "ms/image": column("ms_per_image", sig, [*elsewhere, *otherwise]),
+            "peak MiB": column("peak_memory_mib", "{:,.0f}".format, elsewhere),
+        }
+    lines = tables.aligned(tables.filled(columns), ("", "agent", "sampler"))
     lines += ["", "time and MACs: of all steps, relative to dense under the job's sampler", timed_on(dense, elsewhere)]
     if (workers := max(row.get("drawn_at_once", 1) for row in rows.values())) > 1:
         lines.append(f"images/s: of one worker, while up to {workers} drew at once")
-    return "\n".join([*lines, measured_under(found["protocol"])])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else sig(value)
+    if otherwise:
+        lines.append(f"images/s of {both(otherwise)} are left out, as they were drawn in other batches than dense's")
+    if any(columns["trainer s"]):
+        lines.append("trained on: images drawn by all trainers of a mixture; trainer s: the time that they took; both with the elastic")
+        lines.append("experts, which mixtures share")
+    return "\n".join([*lines, measured_under(found["protocol"], rows.values())])

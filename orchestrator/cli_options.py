@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from workers.contracts import InputError
+
+if TYPE_CHECKING:
+    from orchestrator.store import RunStore
 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the job, e.g. --set budgets.0.ratio=0.4"
@@ -35,6 +38,9 @@ def check_stages(only: str | None, until: str | None) -> None:
         raise InputError(f"--only {only} and --until {until} exclude each other: give one")
 
 
+columns_option = click.option(
+    "--all-columns", "more", is_flag=True, help="Also time per image, peak memory, LPIPS and trainer seconds, where they were measured."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -57,15 +63,21 @@ def device_here(wanted: str, key: str) -> str:
     return here if wanted == "auto" else wanted
 
 
-def run_folder(job: str, overrides: Sequence[str]) -> Path:
-    """The folder of a run. ``job``: a job file or the folder itself. Raises: InputError if there is no run."""
+def run_store(job: str, overrides: Sequence[str]) -> RunStore:
+    """A run. ``job``: a job file, the run folder itself, or its URI on an object store. Raises: InputError if there is no run."""
     from orchestrator.config import load_job
+    from orchestrator.place import Place, is_uri
+    from orchestrator.store import RunStore
 
     folder = Path(job).expanduser()
+    if is_uri(job):
+        store = RunStore.of(Place.of_run(job))
+        if not (store.folder / "run.json").is_file():
+            raise InputError(f"no run in {store.where()}: start it with `diffpruning run`")
+        return store
     if folder.is_dir() and not (folder / "run.json").is_file():
         raise InputError(f"{folder} is a folder, but no run folder (it has no run.json): give a job file or a run folder")
-    if not folder.is_dir():
-        folder = load_job(job, overrides).run_folder
-    if not (folder / "run.json").is_file():
-        raise InputError(f"no run in {folder}: start it with `diffpruning run`")
-    return folder.resolve()
+    store = RunStore(folder.resolve()) if folder.is_dir() else RunStore.of(load_job(job, overrides).place)
+    if not (store.folder / "run.json").is_file():
+        raise InputError(f"no run in {store.where()}: start it with `diffpruning run`")
+    return store

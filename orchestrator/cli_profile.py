@@ -64,19 +64,20 @@ def profile(
         raise InputError(f"--out: {out} is a file; give a folder")
     found = []
     for size in batches:
-        table = latency.find_or_measure(
-            out,
-            families.load_config(prepared.job.model.path),
-            config.elastic_settings(),
-            device=device,
-            dtype=dtype or config.latency.dtype,
-            batch=size,
-            compiled=config.latency.compile if compiled is None else compiled,
-            rewrites=config.export.rewrites,
-            cuda_graphs=config.latency.cuda_graphs,
-            fused_kernels=config.latency.fused_kernels,
-            on_progress=_say,
-        )
+        with prepared.store.followed():
+            table = latency.find_or_measure(
+                out,
+                families.load_config(prepared.job.model.path),
+                config.elastic_settings(),
+                device=device,
+                dtype=dtype or config.latency.dtype,
+                batch=size,
+                compiled=config.latency.compile if compiled is None else compiled,
+                rewrites=config.export.rewrites,
+                cuda_graphs=config.latency.cuda_graphs,
+                fused_kernels=config.latency.fused_kernels,
+                on_progress=_say,
+            )
         found.append(_summary(table, table_path(out, table.identity)))
         if table.validation.median_error > DOUBTFUL_ERROR:
             click.echo(

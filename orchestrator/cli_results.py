@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.cli_options import json_option, run_folder, show
+from orchestrator.cli_options import columns_option, json_option, run_store, show
 from workers.contracts import InputError
 
 
@@ -15,8 +15,9 @@ from workers.contracts import InputError
 @click.option("--group", is_flag=True, help="Runs that differ in their seed alone become one: mean and standard deviation.")
 @click.option("--out", type=click.Path(path_type=Path), help="Markdown file to write the table to, with the commands that make its runs.")
 @click.option("--figure", type=click.Path(path_type=Path), help="PNG file to write: quality against cost.")
+@columns_option
 @json_option
-def results(runs: tuple[str, ...], group: bool, out: Path | None, figure: Path | None, as_json: bool) -> None:
+def results(runs: tuple[str, ...], group: bool, out: Path | None, figure: Path | None, more: bool, as_json: bool) -> None:
     """What several runs measured, in one table sorted by measured time. Each RUN is a job file or a run folder.
 
     All must be of one model and measured under one protocol; the dense model then stands in the table once.
@@ -26,11 +27,13 @@ def results(runs: tuple[str, ...], group: bool, out: Path | None, figure: Path |
             raise InputError(f"{option}: no such folder: {path.parent}")
         if path is not None and path.is_dir():
             raise InputError(f"{option}: {path} is a folder; give the name of a file")
-    folders = [run_folder(run, ()) for run in runs]
+    stores = [run_store(run, ()) for run in runs]
     from orchestrator import results as table
     from workers.files import replacing
 
-    found = table.collect([table.load(folder) for folder in folders], group)
+    found = table.collect([table.load(store.folder) for store in stores], group)
+    for store in stores:
+        found = store.told(found)
     if figure is not None:
         from orchestrator import figures_quality
 
@@ -39,6 +42,6 @@ def results(runs: tuple[str, ...], group: bool, out: Path | None, figure: Path |
             path.write_bytes(picture)
     if out is not None:
         with replacing(out) as path:
-            path.write_text(table.markdown(found))
+            path.write_text(table.markdown(found, more))
     found |= {"out": out and str(out.resolve()), "figure": figure and str(figure.resolve())}
-    show(found, as_json, lambda: table.text(found))
+    show(found, as_json, lambda: table.text(found, more))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from orchestrator.cli_driver import driver
-from orchestrator.cli_options import json_option, run_folder, set_option, show
+from orchestrator.cli_options import json_option, run_store, set_option, show
 
 
 @click.group()
@@ -57,7 +57,7 @@ def run(
     prepared = sweeps.with_sweep(planning.make_ready(config), axes)
     with driver(prepared, inline) as (view, cluster):
         prepared.pipeline.run(prepared.job, cluster, view.say, on_stage=view.on_stage, until="sweep")
-    found = sweeps.read(prepared.store.folder, prepared.pipeline.fingerprints["sweep"][:8])
+    found = prepared.store.told(sweeps.read(prepared.store.folder, prepared.pipeline.fingerprints["sweep"][:8]))
     show(found, as_json, lambda: sweeps.text(found))
 
 
@@ -70,5 +70,6 @@ def show_command(job: str, overrides: tuple[str, ...], name: str | None, as_json
     """A finished sweep's table. JOB is a job file or a run folder. Reads files only."""
     from orchestrator import sweep as sweeps
 
-    found = sweeps.read(run_folder(job, overrides), name)
+    store = run_store(job, overrides)
+    found = store.told(sweeps.read(store.folder, name))
     show(found, as_json, lambda: sweeps.text(found))

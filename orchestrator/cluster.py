@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from orchestrator.scheduling import Call
 from orchestrator.store import storage_error, write_json
 from workers.contracts import ExpertCheckpoint, InputError, Progress, RunFailed
+from workers.files import finished, remove
 from workers.session import Session
 from workers.trials import SearchTrial
 
@@ -134,7 +135,7 @@ class InlineCluster:
             try:
                 done[name] = task(self._session(str(storage / name)), item)
                 on_done(name, done[name])
-                (storage / name / FAILURE).unlink(missing_ok=True)
+                remove(storage / name / FAILURE)
             except Exception as error:  # the others still run; all failures are told together
                 failed[name] = error
         work = [one.ended - one.started for one in done.values()]
@@ -190,9 +191,10 @@ def raise_failures(failed: Mapping[str, BaseException], total: int, storage: Pat
     reasons = []
     for name, error in failed.items():
         log = storage / name / FAILURE
-        with contextlib.suppress(OSError):  # a full disk may be why it failed
+        with contextlib.suppress(OSError, RunFailed):  # a full disk, or a store that does not answer, may be why it failed
             log.parent.mkdir(exist_ok=True)
             log.write_text("".join(traceback.format_exception(error)))
+            finished(log)
         told = (storage_error(error) if isinstance(error, OSError) else None) or " ".join(str(error).split())[:300]
         reasons.append(f"{name}: {told} (log: {log})")
     raise RunFailed(

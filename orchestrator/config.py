@@ -6,35 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from orchestrator.explain import explain
+from orchestrator.job_file import find_job, read_job
+from orchestrator.place import Place
 from workers.contracts import REWRITES, Budget, ElasticSettings, InputError, RouteSettings, Timing, TrainSettings
-
-BUNDLED = Path(__file__).resolve().parent.parent / "jobs"
-PATH_KEYS = (
-    ("model", "path"),
-    ("data", "path"),
-    ("evaluate", "extractor_weights"),
-    ("evaluate", "reference"),
-    ("evaluate", "lpips"),
-)
-
-
-class Beside(str):
-    """A path that was ``written`` relative to its job file, or on the command line to the current folder, made absolute."""
-
-    written: str
-
-    @classmethod
-    def of(cls, folder: Path, path: str) -> str:
-        if Path(path).is_absolute():
-            return str(Path(path).resolve())
-        made = cls((folder / path).resolve())
-        made.written = path
-        return made
-
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -53,7 +30,14 @@ class Section(BaseModel):
 
 
 class Storage(Section):
-    path: str = Field("runs", min_length=1, description="Folder of run folders; a run lives in PATH/NAME. Relative to the current folder.")
+    path: str = Field(
+        "runs",
+        min_length=1,
+        description="Folder of run folders, relative to the current folder, or s3://bucket/prefix; a run lives in PATH/NAME.",
+    )
+    scratch: str | None = Field(
+        None, min_length=1, description="For s3:// alone: folder on the disk of every node, for what it works on. Default: below ~/.cache."
+    )
 
 
 class RegistryConfig(Section):
@@ -155,9 +139,19 @@ class Training(Section):
 class Specialize(Training):
     steps: int = Field(2000, ge=0, description="Optimiser steps per elastic expert; 0: sub-networks are cut from the pretrained weights.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
-    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside the largest or narrowest, which take turns.")
+    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside a small and a large one, which take turns.")
+    costs: tuple[Fraction, Fraction] = Field(
+        (0.2, 1.0), description="The cheapest and the dearest that are trained, as parts of dense's MACs: about what experts will be given."
+    )
     network_pool: int = Field(0, ge=0, description="Draw them from so many, which GPUs replay as CUDA graphs; 0: new ones in every step.")
     importance_images: Count = Field(64, description="Images behind the channel importance.")
+
+    @field_validator("costs")
+    @classmethod
+    def _ascend_from_above_zero(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] < value[1]:
+            raise ValueError("must be two parts of dense, the smaller first and above 0")
+        return value
 
 
 class Finetune(Training):
@@ -227,7 +221,7 @@ class Evaluate(Section):
     timesteps: Count = Field(10, description="Timesteps of the denoising loss, evenly spaced.")
     cut_only: bool = Field(True, description="A row per budget for the pretrained model cut uniformly, untrained.")
     batch_size: Count = Field(16, description="Images per forward pass; changes numbers by rounding only.")
-    shards: Count = Field(1, description="Workers that share the evaluation of one model; changes numbers by rounding only.")
+    shards: Count = Field(1, description="Workers that share the evaluation of one model, batch by batch; changes no number.")
     dense: list[str] = Field(
         [], description="More rows of the dense model: SCHEDULER:STEPS, e.g. ddim:25 or dpmpp:10; what fewer steps give for the same cost."
     )
@@ -241,6 +235,12 @@ class Evaluate(Section):
         min_length=1,
         description="Distances are measured from these: images as data.path names them, or statistics, FILE.npz or FILE.npz:PREFIX. "
         "Default: all images of data.path.",
+    )
+    kid_reference: str | None = Field(
+        None,
+        min_length=1,
+        description="The kernel distance is measured from these: images, or statistics that hold features as well. Default: those of "
+        "reference; where it is statistics without features, no kernel distance is measured.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations while sampling.")
     compile: bool = Field(False, description="Sampling runs with compiled blocks.")
@@ -319,30 +319,14 @@ class JobConfig(Section):
         )
 
     @property
+    def place(self) -> Place:
+        """Where the run lives. Raises: InputError."""
+        return Place.of(self.storage.path, self.name, self.storage.scratch)
+
+    @property
     def run_folder(self) -> Path:
-        return Path(self.storage.path).expanduser().resolve() / self.name
-
-
-def find_job(job: str) -> Path:
-    """The job file of a path, or of the name of a bundled job. Raises: InputError."""
-    path = Path(job).expanduser()
-    if path.is_file():
-        return path.resolve()
-    bundled = _bundled(job)
-    if bundled is None:
-        raise InputError(f"no such job file: {job}; bundled jobs: {_bundled_names()}")
-    return bundled
-
-
-def _bundled(job: str) -> Path | None:
-    """The file of a bundled job by its name, with or without .yaml; None if there is none."""
-    name = job.removesuffix(".yaml")
-    file = BUNDLED / f"{name}.yaml"
-    return file if name and Path(name).name == name and file.is_file() else None
-
-
-def _bundled_names() -> str:
-    return ", ".join(sorted(path.stem for path in BUNDLED.glob("*.yaml")))
+        """On this machine: where the run lives, or its mirror."""
+        return self.place.folder
 
 
 def load_job(job: str, overrides: Sequence[str] = ()) -> JobConfig:
@@ -352,15 +336,8 @@ def load_job(job: str, overrides: Sequence[str] = ()) -> JobConfig:
     except ValidationError as error:
         raise InputError(f"{find_job(job).name}: {explain(error, JobConfig)}") from None
     _check_names(config)
+    _ = config.place  # refuses what is no storage
     return config
-
-
-def read_job(job: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A job's keys as files and overrides say them, unchecked; paths that were relative are ``Beside``. Raises: InputError."""
-    values = _read_layers(find_job(job), ())
-    for override in overrides:
-        _apply(values, override)
-    return values
 
 
 def job_schema() -> dict[str, Any]:
@@ -369,78 +346,6 @@ def job_schema() -> dict[str, Any]:
     schema["properties"]["extends"] = {"type": "string", "description": "Job file that this one is laid over, relative to it."}
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
     return schema
-
-
-def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A job file merged over the files that it extends."""
-    if path in seen:
-        raise InputError(f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, path))}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a job is a mapping of keys to values, not {type(values).__name__}")
-    for section, key in PATH_KEYS:
-        here = values.get(section)
-        if not isinstance(here, dict) or not isinstance(here.get(key), str):
-            continue
-        if here[key].startswith(("./", "../")) or (path.parent / file_of(here[key])).exists():  # else perhaps a name on the Hub
-            here[key] = Beside.of(path.parent, here[key])
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    beside = path.parent / base if isinstance(base, str) else None
-    if beside is None or not beside.is_file():
-        beside = _bundled(base) if isinstance(base, str) else None
-    if beside is None:
-        raise InputError(f"{path.name}: extends: no such file: {base}; bundled jobs: {_bundled_names()}")
-    return _merge(_read_layers(beside.resolve(), (*seen, path)), values)
-
-
-def file_of(value: str) -> str:
-    """Without the prefix that may follow a file of statistics."""
-    return value.partition(".npz:")[0] + ".npz" if ".npz:" in value else value
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        merged[key] = _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-    return merged
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """``a.b=c`` with c read as YAML; list items by number (``budgets.0.ratio=0.4``)."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"--set {override!r} is not of the form key.subkey=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"--set {key}: {text!r} is not a YAML value") from None
-    *parents, last = key.strip().split(".")
-    here: Any = values
-    for i, part in enumerate(parents):
-        if isinstance(here, list) and part.isdecimal() and int(part) < len(here):
-            here = here[int(part)]
-        elif isinstance(here, dict):
-            if here.get(part) is None:
-                here[part] = {}
-            here = here[part]
-        else:
-            raise InputError(f"--set {key}: {'.'.join(parents[:i])} has no part {part!r}")
-    if isinstance(here, list) and last.isdecimal() and int(last) < len(here):
-        here[int(last)] = value
-    elif isinstance(here, dict):
-        paths = {f"{section}.{name}" for section, name in PATH_KEYS}
-        if key.strip() in paths and isinstance(value, str) and Path(file_of(value)).expanduser().exists():
-            value = Beside.of(Path.cwd(), str(Path(value).expanduser()))
-        here[last] = value
-    else:
-        raise InputError(f"--set {key}: {'.'.join(parents)} has no part {last!r}")
 
 
 def _check_names(config: JobConfig) -> None:

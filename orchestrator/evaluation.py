@@ -9,7 +9,7 @@ A killed evaluation goes on with the rows, and within them the shards, that are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from workers import data, diffusion, evaluate, extractors, families, first_stage
 from workers.contracts import (
     DenoiserRef,
     EvaluateTask,
+    ExpertCheckpoint,
     ExtractorRef,
     ImageTask,
     InputError,
@@ -48,6 +49,8 @@ class Row:
     sampler: SamplerRef
     partition: Partition
     made_from: Sequence[Any]
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What the table says of it beside what is measured: ``agent`` (who found its plan), ``trained_images`` and ``trainer_seconds``."""
 
     @property
     def same_network(self) -> bool:
@@ -82,8 +85,22 @@ def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition)
         rows[label] = Row(DenoiserRef(label), other, cuts, dense_from)
     for label, ref in denoisers.items():
         if label != DENSE:
-            rows[label] = Row(ref, sampler, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref))
+            rows[label] = Row(ref, sampler, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref), _told(ctx, ref))
     return rows
+
+
+def _told(ctx: Context, ref: DenoiserRef) -> dict[str, Any]:
+    """Training counts all experts of the mixture, elastic (which mixtures share) and fine-tuned, whichever job trained them."""
+    assert ref.plan is not None, ref.label
+    if ref.folder is not None:
+        return {"agent": ref.plan.agent}
+    elastic = [ExpertCheckpoint.from_json(expert) for expert in ctx.results["specialize"]["experts"]]
+    stages = [(elastic, ctx.job.specialize), (ref.experts, ctx.job.finetune)] if not ref.cut_only else []
+    return {
+        "agent": ref.plan.agent,
+        "trained_images": sum(expert.step * settings.batch_size for experts, settings in stages for expert in experts),
+        "trainer_seconds": sum(expert.seconds for experts, _ in stages for expert in experts),
+    }
 
 
 def _made_from(ctx: Context, ref: DenoiserRef) -> list[Any]:
@@ -95,20 +112,39 @@ def _made_from(ctx: Context, ref: DenoiserRef) -> list[Any]:
     return [ctx.fingerprints["specialize"], ref.cut_only, ref.unit, specs, [identity(expert) for expert in ref.experts]]
 
 
+def files_of(ctx: Context, rows: Mapping[str, Row], stage: str = "publish") -> dict[str, Path]:
+    """Where each row is, or will be once it is measured."""
+    return _files(ctx, rows, _protocol(ctx, stage)[0])
+
+
+def _files(ctx: Context, rows: Mapping[str, Row], protocol: Protocol) -> dict[str, Path]:
+    """Rows of one key share a file, which has the label of the first that asked for it."""
+    files: dict[str, Path] = {}
+    by_key: dict[str, Path] = {}
+    for label, row in rows.items():
+        key = _key(ctx, row, protocol)
+        named = ctx.store.folder / FOLDER / f"{label.replace(' ', '-').replace(':', '-')}-{key}.json"
+        files[label] = by_key.setdefault(key, min(named.parent.glob(f"*-{key}.json"), default=named))
+    return files
+
+
+def _owners(files: Mapping[str, Path]) -> dict[Path, str]:
+    """The first label of every file."""
+    found: dict[Path, str] = {}
+    for label, file in files.items():
+        found.setdefault(file, label)
+    return found
+
+
 def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequence[int], stage: str = "publish") -> dict[str, Path]:
     """Measure what is missing; the file of every row. ``rows`` begin with dense. ``held_out``: rows of the cache of images or latents."""
-    protocol, reference = _protocol(ctx, stage)
-    folder = ctx.store.folder / FOLDER
-    files: dict[str, Path] = {}
-    keys = {label: _key(ctx, row, protocol) for label, row in rows.items()}
-    first = {key: label for label, key in reversed([*keys.items()])}
-    for label, key in keys.items():
-        named = folder / f"{first[key].replace(' ', '-').replace(':', '-')}-{key}.json"
-        files[label] = min(folder.glob(f"*-{key}.json"), default=named)
-    missing = [label for label, key in keys.items() if first[key] == label and not files[label].exists()]
+    protocol, reference, kid_reference = _protocol(ctx, stage)
+    files = _files(ctx, rows, protocol)
+    owners = _owners(files)
+    missing = [label for label, file in files.items() if owners[file] == label and not file.exists()]
     if not missing:
         return files
-    folder.mkdir(exist_ok=True)
+    (ctx.store.folder / FOLDER).mkdir(exist_ok=True)
     if reference is not None and protocol.images <= len(frechet.read_statistics(reference).mean):
         ctx.say("  warning: evaluate.frechet_samples is no more than the features: such a distance is far too large; raise it")
     shards = {label: _shards(ctx, rows[label], files[label], images, held_out, stage) for label in missing}
@@ -122,6 +158,7 @@ def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequen
             dense=None if label == DENSE else str(files[DENSE]),
             same_network=rows[label].same_network,
             reference=reference,
+            kid_reference=kid_reference,
             lpips=ctx.job.evaluate.lpips,
             commit=code,
             drawn_at_once=at_once,
@@ -134,10 +171,10 @@ def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequen
 
 
 def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[int], stage: str) -> tuple[EvaluateTask, ...]:
-    """A row's work, shared out. Every image has the same noise for every row."""
+    """A row's work, shared out in whole batches: any number of shards computes the same. Every image has the same noise for every row."""
     job, settings, count = ctx.job, ctx.job.evaluate, ctx.job.evaluate.shards
-    losses = np.array_split([] if row.same_network else held_out[: settings.images], count)
-    paired = np.array_split(_seeds(job, "sample", settings.samples), count)
+    losses = _whole_batches([] if row.same_network else held_out[: settings.images], settings.batch_size, count)
+    paired = _whole_batches(_seeds(job, "sample", settings.samples), settings.batch_size, count)
     far = _whole_batches(_seeds(job, "frechet", settings.frechet_samples), settings.batch_size, count)
     return tuple(
         EvaluateTask(
@@ -145,7 +182,7 @@ def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[
             model=job.model.path,
             images=images,
             rows=tuple(int(i) for i in losses[s]),
-            noise_seeds=tuple(int(seed) for seed in paired[s]),
+            noise_seeds=tuple(paired[s]),
             partition=row.partition,
             scheduler=row.sampler.scheduler,
             steps=row.sampler.steps,
@@ -153,7 +190,7 @@ def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[
             timesteps=partition.grid(families.load_scheduler_config(job.model.path)["num_train_timesteps"], settings.timesteps),
             seed=job.seed,
             device=ctx.cluster.need.device,
-            out=str(file.with_suffix(f".{s}of{count}-{settings.batch_size}.npz")),  # a batch size decides which shard draws what
+            out=str(file.with_suffix(f".{s}of{count}x{settings.batch_size}.npz")),  # a batch size decides which shard draws what
             timing=job.timing(),
             guidance_scale=job.sampler.guidance_scale,
             eta=row.sampler.eta,
@@ -167,19 +204,19 @@ def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[
     )
 
 
-def read_table(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """The metrics of every row; ``relative_time`` is that of all steps, dense's under the job's sampler, timed beside it, being 1.
-    ``same_as``: the row before it that is the same mixture, measured once for both.
+def read_table(files: Mapping[str, Path], rows: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
+    """The metrics of every row, and what is ``told`` of it; ``relative_time`` is that of all steps, dense's under the job's sampler, timed
+    beside it, being 1. ``same_as``: the row before it that is the same mixture, measured once for both.
 
     Raises: InputError if they were not measured under one protocol.
     """
-    metrics = {label: read_json(file) or {} for label, file in files.items()}
+    metrics = {label: {**(read_json(file) or {}), **rows[label].told} for label, file in files.items()}
     common_protocol(metrics)
     dense = metrics[DENSE]
-    first = {file: label for label, file in reversed([*files.items()])}
+    owners = _owners(files)
     for label, row in metrics.items():
         row["relative_time"] = row["calls"] * row["ms_per_step"] / (dense["calls"] * row["dense_ms_per_step"])
-        if (owner := first[files[label]]) != label:
+        if (owner := owners[files[label]]) != label:
             row["same_as"] = owner
     return metrics
 
@@ -214,45 +251,55 @@ def check(job: JobConfig, scheduler: dict[str, Any], channels: int, size: int) -
     settings = job.evaluate
     for sampler in dense_samplers(job):
         diffusion.sampler_timesteps(sampler.scheduler, scheduler, sampler.steps)
-    if settings.lpips is not None:
-        evaluate.load_lpips(settings.lpips)
+    found = {"evaluate.lpips": "" if settings.lpips is None else evaluate.lpips_digest(settings.lpips)}
     ref = extractor_of(job)
     if ref is None:
-        return {}
+        return found
     if settings.frechet_samples < 2:
         raise InputError("evaluate.frechet_samples is 1: a covariance needs two or more")
     extractor = extractors.load(ref)
     features = extractor.features(channels, size)
-    source = _reference(job)
-    if not frechet.is_statistics(source):
-        try:
-            data.check(source, channels, size, job.data.resize)
-            digest = digest_of([data.identity(source), channels, size, job.data.resize, job.data.on_error])
-        except InputError as error:
-            raise InputError(str(error).replace("data.path:", "evaluate.reference:")) from None
-    else:
-        statistics = frechet.read_statistics(source)
+
+    def identify(source: str, key: str) -> tuple[str, str]:
+        """What stands for it in Frechet and in kernel distances."""
+        if not frechet.is_statistics(source):
+            try:
+                data.check(source, channels, size, job.data.resize)
+                digest = digest_of([data.identity(source), channels, size, job.data.resize, job.data.on_error])
+            except InputError as error:
+                raise InputError(str(error).replace("data.path:", f"{key}:")) from None
+            return digest, digest
+        statistics = frechet.read_statistics(source, key)
         if len(statistics.mean) != features:
             raise InputError(
-                f"evaluate.reference: {source} is of {len(statistics.mean)} features, but evaluate.extractor {ref.name} has {features}: "
+                f"{key}: {source} is of {len(statistics.mean)} features, but evaluate.extractor {ref.name} has {features}: "
                 "give the statistics of this extractor, or images"
             )
-        digest = statistics.digest
-    return {"evaluate.extractor_weights": extractor.digest, "evaluate.reference": digest}
+        return statistics.digest, statistics.features_digest
+
+    reference, kid = identify(_reference(job), "evaluate.reference")
+    if settings.kid_reference is not None:
+        _, kid = identify(settings.kid_reference, "evaluate.kid_reference")
+        if not kid:
+            raise InputError(
+                f"evaluate.kid_reference: {settings.kid_reference} holds no features, of which a kernel distance is made: "
+                "give images, or statistics with features"
+            )
+    return {**found, "evaluate.extractor_weights": extractor.digest, "evaluate.reference": reference, "evaluate.kid_reference": kid}
 
 
 def absolute(job: JobConfig) -> JobConfig:
     """The job with the paths of its evaluate section made absolute, since workers may run elsewhere. Raises: InputError."""
     settings, found = job.evaluate, {}
-    for key in ("extractor_weights", "reference", "lpips"):
+    for key in ("extractor_weights", "reference", "kid_reference", "lpips"):
         value = getattr(settings, key)
         if value is None or (key == "lpips" and not Path(value).expanduser().is_file()):
             continue
         try:
-            images = key == "reference" and not frechet.is_statistics(value)
+            images = key.endswith("reference") and not frechet.is_statistics(value)
             found[key] = str((data.resolve(value) if images else Path(value).expanduser()).resolve())
         except InputError as error:
-            raise InputError(str(error).replace("data.path:", "evaluate.reference:")) from None
+            raise InputError(str(error).replace("data.path:", f"evaluate.{key}:")) from None
     return job.model_copy(update={"evaluate": settings.model_copy(update=found)})
 
 
@@ -269,21 +316,30 @@ def _image_shape(model: str) -> tuple[int, int, int]:
     return info.in_channels, config["sample_size"] * info.downscale, config["sample_size"] * info.downscale
 
 
-def _protocol(ctx: Context, stage: str) -> tuple[Protocol, str | None]:
-    """What all rows have in common, and the statistics that distances are measured from, which are made now unless they are there."""
+def _protocol(ctx: Context, stage: str) -> tuple[Protocol, str | None, str | None]:
+    """What all rows have in common, and the statistics that the two distances are measured from, made now unless they are there."""
     job, ref = ctx.job, extractor_of(ctx.job)
     protocol = Protocol(_image_shape(job.model.path), job.seed, job.sampler.guidance_scale, job.evaluate.dtype)
+    protocol = replace(protocol, lpips_digest=ctx.identity["evaluate.lpips"])
     if ref is None:
-        return protocol, None
-    extractor, digest, source = extractors.load(ref), ctx.identity["evaluate.reference"], _reference(job)
-    if not frechet.is_statistics(source):
+        return protocol, None, None
+    extractor, digest, kid_digest = extractors.load(ref), ctx.identity["evaluate.reference"], ctx.identity["evaluate.kid_reference"]
+
+    def statistics(source: str, digest: str) -> str:
+        """``source`` itself, or the statistics of the images that it names."""
+        if frechet.is_statistics(source):
+            return source
         key = digest_of([digest, extractor.digest, extractor.input_size, extractor.resize])
         out = ctx.store.folder / "cache" / f"reference-{key[:16]}.npz"
         if not out.exists():
             channels, size, _ = protocol.image_shape
             images = ImageTask(source, channels, size, job.data.resize, job.data.on_error, str(out))
             ctx.cluster.scatter(tasks_evaluate.reference_statistics, [ReferenceTask(images, ref, job.evaluate.batch_size, stage)])
-        source = str(out)
+        return str(out)
+
+    reference = statistics(_reference(job), digest)
+    kid_reference = statistics(job.evaluate.kid_reference or _reference(job), kid_digest) if kid_digest else None
+    features = None if kid_reference is None else frechet.read_statistics(kid_reference).features
     protocol = replace(
         protocol,
         extractor=ref.name,
@@ -292,15 +348,17 @@ def _protocol(ctx: Context, stage: str) -> tuple[Protocol, str | None]:
         resize=extractor.resize,
         images=job.evaluate.frechet_samples,
         reference_digest=digest,
-        reference_images=frechet.read_statistics(source).n,
+        reference_images=frechet.read_statistics(reference).n,
+        kid_digest=kid_digest,
+        kid_images=0 if features is None else len(features),
     )
-    return protocol, source
+    return protocol, reference, kid_reference
 
 
 def _key(ctx: Context, row: Row, protocol: Protocol) -> str:
     """Stands for all that a row's numbers depend on, the paths of files aside."""
     settings = ctx.job.evaluate
-    values = [settings.images, settings.samples, settings.timesteps, settings.compile, settings.lpips, ctx.cluster.need.device]
+    values = [settings.images, settings.samples, settings.timesteps, settings.compile, None, ctx.cluster.need.device]  # as older keys are
     return digest_of([list(row.made_from), row.sampler.to_json(), protocol.to_json(), ctx.job.timing().to_json(), values])[:10]
 
 

@@ -139,7 +139,9 @@ def gather(prepared: Prepared) -> Evidence:
     for stage, fingerprint in prepared.pipeline.fingerprints.items():
         record = prepared.store.done(stage, fingerprint)
         if record is None:
-            raise InputError(f"no report yet: stage {stage} is not done in {prepared.store.folder}; `diffpruning run` does what is missing")
+            raise InputError(
+                f"no report yet: stage {stage} is not done in {prepared.store.where()}; `diffpruning run` does what is missing"
+            )
         records[stage] = record
     results = {stage: record["result"] for stage, record in records.items()}
     trials = tuple(map(MixturePlan.from_json, results["route"]["trials"]))

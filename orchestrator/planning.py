@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Prepared:
 
 def prepare(job: JobConfig) -> Prepared:
     """Check everything that can be checked without computing. Raises: InputError; BudgetUnreachable at once for an impossible budget."""
-    store = RunStore(job.run_folder)
+    store = RunStore.of(job.place)
     model = source = families.locate(job.model.path)
     to_make = None
     if job.model.random_init:
@@ -78,7 +79,7 @@ def prepare(job: JobConfig) -> Prepared:
             require_reachable(table, budget.ratio, f"budgets.{i}.ratio")
     latent_bytes = 2 * images * 4 * config["in_channels"] * config["sample_size"] ** 2 if first_stage.locate(model) else 0
     disk_bytes = _disk_bytes(job, table, latent_bytes)
-    free_bytes = shutil.disk_usage(_nearest_folder(store.folder, "storage.path")).free
+    free_bytes = shutil.disk_usage(_nearest_folder(store.folder, _disk_key(store))).free
     registry = Registry(job.registry.path)
     if registry.is_local:
         _nearest_folder(registry.root, "registry.path")
@@ -113,6 +114,8 @@ def make_ready(job: JobConfig) -> Prepared:
     _check_space(prepared)
     if prepared.to_make is None:
         return prepared
+    if prepared.store.mirror is not None and os.environ.get("RAY_ADDRESS"):
+        raise InputError("model.random_init: with storage.path on an object store, a cluster's other nodes would not see the random model")
     random_init.make(families.locate(job.model.path), prepared.to_make, job.seed)
     return prepare(job)
 
@@ -225,11 +228,17 @@ def _check_space(prepared: Prepared) -> None:
     written = (*folder.glob("train/**/*"), *folder.glob("cache/latents-*/*"))
     needed = prepared.disk_bytes - sum(path.stat().st_size for path in written if path.is_file())  # what a resumed job has written
     if prepared.free_bytes < needed:
-        there = _nearest_folder(folder, "storage.path")
+        key = _disk_key(prepared.store)
+        there = _nearest_folder(folder, key)
         raise InputError(
-            f"storage.path: {there} has {prepared.free_bytes / 1e9:.1f} GB free, the job's checkpoints and latents may need "
+            f"{key}: {there} has {prepared.free_bytes / 1e9:.1f} GB free, the job's checkpoints and latents may need "
             f"{needed / 1e9:.1f} GB: free some or choose another path"
         )
+
+
+def _disk_key(store: RunStore) -> str:
+    """Which key says what disk is used."""
+    return "storage.path" if store.mirror is None else "storage.scratch"
 
 
 def _nearest_folder(path: Path, key: str) -> Path:
@@ -274,7 +283,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         )
     return {
         "job": job.name,
-        "run_folder": str(prepared.store.folder),
+        "run_folder": prepared.store.where(),
         "registry": job.registry.path,
         "model": {
             "path": job.model.path,

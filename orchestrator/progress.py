@@ -26,7 +26,7 @@ from rich.live import Live
 from rich.table import Table
 
 from orchestrator.store import write_json
-from workers.contracts import BudgetUnreachable, InputError, Progress, VerificationError
+from workers.contracts import BudgetUnreachable, InputError, Progress, RunFailed, VerificationError
 
 PLAIN_EVERY_S = 10.0
 BEAT_S = 5.0
@@ -161,7 +161,10 @@ class ProgressView:
             units = [event.to_json() for event in self.units.values()]
             value: dict[str, Any] = {"stage": self.stage, "units": units, "at": time.time(), "fingerprints": self.fingerprints}
             value |= {"trainers": self._trainers, "driver": self._driver, "end": self._end}
-        with self._writing, contextlib.suppress(OSError):  # a full disk is told by whoever needs it; progress is not worth a crash
+        with (
+            self._writing,
+            contextlib.suppress(OSError, RunFailed),
+        ):  # a full disk is told by whoever needs it; progress is not worth a crash
             write_json(self.file, value)
 
     def _table(self) -> Table:

@@ -39,6 +39,8 @@ from orchestrator.ray_jobs import TrainState
 from orchestrator.scheduling import Call
 from workers import session
 from workers.contracts import ExpertCheckpoint, InputError, Progress, RunFailed
+from workers.files import remove
+from workers.mirror import Mirror, works
 from workers.nodes import this_node
 from workers.trials import SearchTrial
 
@@ -71,10 +73,14 @@ class RayCluster:
         on_progress: Callable[[Progress], None],
         on_trainers: Callable[[list[dict[str, Any]]], None],
         folder: Path,
+        mirror: Mirror | None = None,
     ):
-        """``folder``: the run's. Raises: InputError if no node could ever hold one worker, or one does not see the folder."""
+        """``folder``: the run's; ``mirror``: what it is, of a run on an object store.
+
+        Raises: InputError if no node could ever hold one worker, or one does not see the storage."""
         self._log = (folder / "ray.log").open("a")
         self._marker: Path | None = None
+        self._mirror = mirror
         self.max_failures, self.autoscale_to, self.hang_timeout_s = max_failures, autoscale_to or 0, hang_timeout_s
         self.calls: list[Call] = []
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
@@ -141,6 +147,9 @@ class RayCluster:
             left.unlink(missing_ok=True)
         if not os.environ.get("RAY_ADDRESS"):
             return
+        if self._mirror is not None:
+            _check_nodes(folder / "run.json", self._mirror)
+            return
         self._marker = folder / f".storage-marker-{uuid.uuid4().hex}"
         self._marker.touch()
         _check_nodes(self._marker)
@@ -149,6 +158,11 @@ class RayCluster:
     def _seen(self) -> str:
         """What a worker must see before it works; nothing on this machine's own Ray."""
         return str(self._marker or "")
+
+    def _gather(self) -> None:
+        """Bring here what workers have left on an object store; everything that they leave is here otherwise."""
+        if self._mirror is not None:
+            self._mirror.pull(works)
 
     def _watch(self, on_progress: Callable[[Progress], None], on_trainers: Callable[[list[dict[str, Any]]], None], run: str) -> None:
         actor = ray.remote(num_cpus=0)(session.ProgressMailbox)
@@ -193,7 +207,7 @@ class RayCluster:
             num_cpus=self.need.cpus, num_gpus=self.need.gpus, resources=dict(self.need.custom), max_retries=self.max_failures
         )(session.run_task)
         named = remote.options(name=task_name(task))
-        running = [named.remote(task, self.need.device, item, self._seen) for item in items]
+        running = [named.remote(task, self.need.device, item, self._seen, self._mirror) for item in items]
         try:
             made = ray.get(running)
         except ray.exceptions.RayError as error:
@@ -203,6 +217,7 @@ class RayCluster:
                 # the worker's own exception: Ray's double of it says a whole traceback where the user needs one line, and no errno
                 raise error.cause from None
             raise RunFailed(f"a worker was lost: {' '.join(str(error).split())[:300]}; the same command again continues") from error
+        self._gather()
         self.calls.append(Call.of(task_name(task), slots, time.time() - started, [seconds for _, seconds in made]))
         return [result for result, _ in made]
 
@@ -222,21 +237,23 @@ class RayCluster:
                         done[name] = future.result()
                         on_done(name, done[name])
                         for trace in (storage / name).glob("*.txt"):  # of attempts that failed
-                            trace.unlink()
+                            remove(trace)
                     except Exception as error:  # the others still run; all failures are told together
+                        self._gather()
                         failed[name] = _cause(error, storage / name)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         work = [done[name].ended - done[name].started for name in jobs if name in done]
         self.calls.append(Call.of(task_name(task), parallel, time.time() - started, work, each=True))
         raise_failures(failed, len(jobs), storage)
+        self._gather()
         return {name: done[name] for name in jobs}
 
     def _fit(self, task: Task, name: str, item: Any, storage: Path) -> ExpertCheckpoint:
         """One TorchTrainer. Ray starts its workers again when one is lost; they go on from the checkpoints of the same name."""
         need = self.need
         config = {"task": task, "item": item, "device": need.device, "folder": str(storage / name)}
-        config |= {"hang_timeout_s": self.hang_timeout_s, "marker": self._seen}
+        config |= {"hang_timeout_s": self.hang_timeout_s, "marker": self._seen, "mirror": self._mirror}
         for attempt in range(ATTEMPTS):
             trainer = TorchTrainer(
                 session.run_train_worker,
@@ -295,7 +312,12 @@ class RayCluster:
         """
         trainable = tune.with_resources(
             tune.with_parameters(
-                session.run_trial, task=task, items={key: items[key] for key in missing}, device=self.need.device, marker=self._seen
+                session.run_trial,
+                task=task,
+                items={key: items[key] for key in missing},
+                device=self.need.device,
+                marker=self._seen,
+                mirror=self._mirror,
             ),
             self.need.resources(),
         )
@@ -367,18 +389,18 @@ def _refusal(text: str) -> str:
     return f"{reason}; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token"
 
 
-def _check_nodes(marker: Path) -> None:
-    """Raises: InputError that names the nodes that do not see the file, or run other code than this process."""
+def _check_nodes(marker: Path, mirror: Mirror | None = None) -> None:
+    """Raises: InputError that names the nodes that do not see the file, or the object store, or run other code than this process."""
     remote = ray.remote(num_cpus=0, max_retries=0)(this_node)
     asked = {}
     for node in ray.nodes():
         if node["Alive"]:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-            asked[remote.options(name="check node", scheduling_strategy=where).remote(str(marker))] = name
+            asked[remote.options(name="check node", scheduling_strategy=where).remote(str(marker), mirror)] = name
     ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_TIMEOUT_S)
     blind, other, broken = [], [], [f"{asked[ref]}: no answer for {NODES_TIMEOUT_S:g} s" for ref in silent]
-    mine = this_node(str(marker))
+    mine = this_node(str(marker), mirror)
     for ref in ready:
         try:
             found = ray.get(ref)
@@ -387,11 +409,15 @@ def _check_nodes(marker: Path) -> None:
             continue
         except ray.exceptions.RayError:  # it has just gone
             continue
-        blind += [asked[ref]] * (not found.sees)
+        blind += [asked[ref] + (f" ({found.why[:300]})" if found.why else "")] * (not found.sees)
         told = [f"{name} {found.versions.get(name, 'none')} instead of {wanted}" for name, wanted in mine.versions.items()]
         odd = [text for text, name in zip(told, mine.versions, strict=True) if found.versions.get(name) != mine.versions[name]]
         odd += ["another version of diffpruning"] * (found.code != mine.code)
         other += [f"{asked[ref]} has {', '.join(odd)}"] * bool(odd)
+    if blind and mirror is not None:
+        raise InputError(
+            f"storage.path: {mirror.uri} cannot be used by {', '.join(blind)}: every node needs to reach it, boto3, and credentials"
+        )
     if blind:
         raise InputError(
             f"storage.path: {marker.parent} is not seen by {', '.join(blind)}: every node must mount the shared storage at this path"

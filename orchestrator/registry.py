@@ -17,9 +17,11 @@ from urllib.parse import unquote, urlsplit
 
 from orchestrator import aliases
 from orchestrator.aliases import one_line
-from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, Files, LocalFiles, NotAFile, as_json, files_below, is_plain, read, sha256
-from orchestrator.registry_objects import OPTIONS, ObjectFiles
+from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, Files, LocalFiles, NotAFile, as_json, files_below, read, sha256
+from orchestrator.registry_objects import ObjectFiles
 from workers.contracts import GOLDEN, InputError, MixtureManifest, VerificationError
+from workers.files import is_plain
+from workers.objects import OPTIONS
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
@@ -88,7 +90,7 @@ class Registry:
         scheme = text.partition(":")[0].lower() if is_uri else ""
         self.files: Files
         if scheme in OPTIONS:
-            self.files = ObjectFiles.of(re.sub("^[^:]*:/+", f"{scheme}://", text))  # a Path has one slash
+            self.files = ObjectFiles.of(re.sub("^[^:]*:/+", f"{scheme}://", text), "registry")  # a Path has one slash
         elif not text or (is_uri and not text.startswith("file:///")) or not text.isprintable():
             known = "a local path, file:///absolute/path, s3://bucket/prefix or gs://bucket/prefix"
             raise InputError(f"registry {text!r}: is not {known}")
@@ -108,7 +110,7 @@ class Registry:
     def publish(self, name: str, manifest: MixtureManifest, folder: Path) -> Version:
         """Copy the files of ``folder`` into the next version of ``name``; ``manifest.files`` is filled in here.
 
-        Doing it again is safe: an intact version with the same fingerprint, budget and files is returned instead of a second one.
+        Doing it again is safe: an intact version of the same mixture is returned instead of a second one, with the results that it has.
         Raises: InputError for an illegal name, an empty folder, or a file that a version cannot hold.
         """
         self.checked(name)
@@ -194,7 +196,7 @@ class Registry:
         return REMOVED in self._numbers(version.name).get(version.number, ())
 
     def _find_equal(self, name: str, manifest: MixtureManifest, looked_at: set[int]) -> Version | None:
-        """An intact version of the same run, budget and files. Samples drawn at publication may differ by the machine that drew them."""
+        """An intact version of the same files and the same plan. Samples drawn at publication may differ by the machine that drew them."""
 
         def content(files: Mapping[str, str]) -> dict[str, str]:
             return {path: digest for path, digest in files.items() if path not in (MANIFEST, GOLDEN)}
@@ -207,8 +209,7 @@ class Registry:
                 if content(version.sums()) != content(manifest.files):
                     continue
                 found = version.manifest()
-                same_run = found.provenance.fingerprint == manifest.provenance.fingerprint and found.plan.budget == manifest.plan.budget
-                if same_run and content(found.files) == content(manifest.files) and self.verify(version):
+                if _same_plan(found, manifest) and content(found.files) == content(manifest.files) and self.verify(version):
                     return version
             except (OSError, VerificationError):
                 continue  # A damaged version cannot stand in for a good one.
@@ -224,6 +225,13 @@ class Registry:
         """Every number in use, ascending -> what its folder holds. An empty folder counts, so that its number is not used again."""
         held = self.files.holdings(self.checked(name))
         return {number: held[str(number)] for number in sorted(int(entry) for entry in held if _NUMBER.fullmatch(entry))}
+
+
+def _same_plan(one: MixtureManifest, other: MixtureManifest) -> bool:
+    """The same run's plan for the same budget; or that of another, but for the seconds that its search took."""
+    if one.provenance.fingerprint == other.provenance.fingerprint:
+        return one.plan.budget == other.plan.budget
+    return dataclasses.replace(one.plan, search_seconds=0.0) == dataclasses.replace(other.plan, search_seconds=0.0)
 
 
 def is_published(where: str) -> bool:

@@ -140,12 +140,6 @@ def files_below(folder: Path, *, follow_links: bool) -> list[str]:
     return found
 
 
-def is_plain(path: str) -> bool:
-    """Relative, stays inside its folder, is spelled in one way only, and fits one line of SHA256SUMS."""
-    pure = PurePosixPath(path)
-    return path == str(pure) != "." and ".." not in pure.parts and not pure.is_absolute() and "\\" not in path and path.isprintable()
-
-
 @dataclass(frozen=True)
 class LocalFiles:
     """A folder on a disk, local or shared. Nothing is read or written through a link below it."""

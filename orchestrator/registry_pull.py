@@ -16,8 +16,9 @@ from pathlib import Path
 
 from orchestrator.aliases import one_line
 from orchestrator.registry import Registry, Version
-from orchestrator.registry_files import DIGEST, MANIFEST, SUMS, NotAFile, files_below, is_plain, sha256_file
+from orchestrator.registry_files import DIGEST, MANIFEST, SUMS, NotAFile, files_below, sha256_file
 from workers.contracts import InputError, VerificationError
+from workers.files import is_plain
 
 
 def pull(version: Version, out: Path, say: Callable[[str], None] = lambda line: None) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from orchestrator.remarks import RELIABLE, remarks, uncertain_cuts, verdict
 from orchestrator.store import read_json
 from orchestrator.words import FEW_STEPS, dropped, gmacs, kernels, measured_under, of_dense, percent, predicted_ms, sig, span, spent, timing
 from workers.contracts import Cost, InputError, MixturePlan
+from workers.files import replacing
 from workers.sensitivity import explain
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def cost_columns(e: Evidence) -> list[Column]:
     params = [[cost.params / 1e6 for cost in (m.plan.expert_costs if m.plan else (dense,))] for m in e.measured]
     every, largest = list(map(sum, params)), list(map(max, params))
     kept = [count / 1e6 for count in _metric(e, "parameters")]
+    images, seconds = _metric(e, "trained_images"), _metric(e, "trainer_seconds")
     columns = [
         Column("MACs", "of dense", [v / macs[0] for v in macs], ".1%"),
         Column("GMACs", "per step", macs, _decimals(macs)),
@@ -105,6 +106,8 @@ def cost_columns(e: Evidence) -> list[Column]:
         Column("parameters", "largest, M", largest, _decimals(largest)),
         Column("parameters", "exported, M", kept, _decimals(largest)) if _differ(kept, every) else None,
         Column("memory", "peak, MiB", memory, ".0f", min) if _differ(memory, [0] * len(memory)) else None,
+        Column("trained", "images", images, ",.0f") if any(map(math.isfinite, images)) else None,
+        Column("trained", "trainer s", seconds, ",.0f") if any(map(math.isfinite, seconds)) else None,
         Column("time", "ms / step", time, _decimals(time), min),
         Column("time", "of dense", [e.time_ratio(m) * e.dense.metrics["calls"] / m.metrics["calls"] for m in e.measured], ".0%", min),
         Column("time", "all steps", _metric(e, "relative_time"), ".0%", min) if any(m.sampler for m in e.measured) else None,
@@ -248,7 +251,9 @@ def build(prepared: Prepared) -> Path:
         remarks=remarks(e),
         warnings=[remark.text for remark in uncertain_cuts(e) if remark.level == "warning"],
         tables=[(columns, key_rows(e, columns)) for columns in (quality_columns(e), *fitted(cost_columns(e)))],
-        measured_under=measured_under(e.dense.metrics["protocol"]) if e.dense.metrics.get("protocol") else "",
+        measured_under=measured_under(e.dense.metrics["protocol"], [m.metrics for m in e.measured])
+        if e.dense.metrics.get("protocol")
+        else "",
         faster=any(m.sampler for m in e.measured),
         timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs, latency.fused_kernels),
         device=e.dense.metrics.get("device") or "this run's device",
@@ -277,11 +282,6 @@ def build(prepared: Prepared) -> Path:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """Atomically: beside, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

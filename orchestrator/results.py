@@ -6,14 +6,15 @@ import math
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from orchestrator import tables
 from orchestrator.store import read_json, write_json
-from orchestrator.words import CUT_ONLY, both, measured_under, percent, sig, timed_on
-from workers.contracts import InputError, Partition, SamplerRef
+from orchestrator.words import CUT_ONLY, both, measured_under, percent, sampler, sig, timed_on
+from workers.contracts import InputError, Partition
 from workers.protocol import common_protocol
 from workers.records import differing
 
@@ -30,7 +31,14 @@ NUMBERS: dict[str, tuple[str, Callable[[float], str]]] = {
     "trained_images": ("trained on", lambda images: f"{images:,.0f}"),
 }
 """Number of a row -> its column's title, and how it reads."""
-WORDS = ("run", "", "sampler")
+MORE: dict[str, tuple[str, Callable[[float], str]]] = {
+    "paired_lpips": ("LPIPS to dense", sig),
+    "ms_per_image": ("ms/image", sig),
+    "peak_memory_mib": ("peak MiB", lambda size: f"{size:,.0f}"),
+    "trainer_seconds": ("trainer s", lambda seconds: f"{seconds:,.0f}"),
+}
+"""The same of columns that are shown when they are asked for."""
+WORDS = ("run", "", "agent", "sampler")
 """Titles of the columns that hold words."""
 
 
@@ -46,6 +54,10 @@ class Run:
     experts: int | None
     """None before the partition."""
     rows: Mapping[str, Mapping[str, Any]]
+    left_out: Sequence[str] = ()
+    """Rows of the same mixtures that were measured otherwise."""
+    agents: Mapping[str, str] = field(default_factory=dict)
+    """Budget -> whose plan was chosen."""
 
     @property
     def dense(self) -> Mapping[str, Any]:
@@ -102,14 +114,15 @@ def load(folder: Path) -> Run:
     """Read a run folder, under the settings that it was last used with. Raises: InputError if nothing is measured there."""
     owner = read_json(folder / "run.json") or {}
     fingerprints = (read_json(folder / "progress.json") or {}).get("fingerprints", {})
-    published, cut = (_result(folder, stage, fingerprints) for stage in ("publish", "partition"))
-    rows = _rows((published or {}).get("metrics", {}), read_json(folder / TABLE) or {}, fingerprints.get("finetune"))
+    route, cut = (_result(folder, stage, fingerprints) for stage in ("route", "partition"))
+    rows, left_out = _rows(folder, fingerprints)
     if DENSE not in rows:
         raise InputError(f"nothing is measured in {folder}: `diffpruning run` or `diffpruning evaluate` on its job does that")
     if odd := [label for label, row in rows.items() if not row.get("protocol")]:
         raise InputError(f"{folder}: row {odd[0]!r} has no protocol: it was measured by an older version; run its job again")
     experts = None if cut is None else len(Partition.from_json(cut["partition"]))
-    return Run(owner["name"], folder, owner, read_json(folder / JOB), experts, rows)
+    agents = {} if route is None else {budget: plan["agent"] for budget, plan in route["chosen"].items()}
+    return Run(owner["name"], folder, owner, read_json(folder / JOB), experts, rows, left_out, agents)
 
 
 def _result(folder: Path, stage: str, fingerprints: Mapping[str, str]) -> dict[str, Any] | None:
@@ -118,16 +131,40 @@ def _result(folder: Path, stage: str, fingerprints: Mapping[str, str]) -> dict[s
     return None if done is None else done["result"]
 
 
-def _rows(published: Mapping[str, Any], table: Mapping[str, Any], mixtures: str | None) -> dict[str, Any]:
-    """Those of the publish stage, and what `evaluate` added: dense rows, and others if they are of the same ``mixtures``."""
-    current = mixtures is not None and table.get("mixtures") == mixtures
-    protocol = (published or table.get("rows", {})).get(DENSE, {}).get("protocol")
-    added = {
+def _rows(folder: Path, fingerprints: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Every row that holds beside the same dense, and the labels of those of the same mixtures that do not.
+
+    They are those of the publish stage, what `evaluate` printed, and those of other publish stages of the same mixtures: settings of the
+    evaluation may have changed between them.
+    """
+    mixtures, table = fingerprints.get("finetune"), read_json(folder / TABLE) or {}
+    found = dict((_result(folder, "publish", fingerprints) or {}).get("metrics", {}))
+    records = [record for path in folder.glob("publish-????????/done.json") if (record := read_json(path)) is not None]
+    newest_first = sorted(records, key=lambda record: record["started"], reverse=True)
+    others = [record["result"]["metrics"] for record in newest_first if mixtures and record["result"].get("mixtures") == mixtures]
+    sources = [(table.get("rows", {}), bool(mixtures) and table.get("mixtures") == mixtures), *((rows, True) for rows in others)]
+    dense = next((rows[DENSE] for rows in (found, *(rows for rows, _ in sources)) if DENSE in rows), None)
+    left_out: list[str] = []
+    for rows, same in sources:
+        held = holding(rows, dense or {}, same)
+        found |= {label: row for label, row in held.items() if label not in found}
+        left_out += [label for label in rows if same and label not in held]
+    return found, sorted({*left_out} - {*found})
+
+
+def holding(rows: Mapping[str, Any], dense: Mapping[str, Any], same_mixtures: bool) -> dict[str, Any]:
+    """Those of a table's ``rows`` that hold beside ``dense``: of one protocol, timing and number of samples, and of the same mixtures or of
+    what is none of a run's, the dense model and published versions."""
+    return {
         label: row
-        for label, row in table.get("rows", {}).items()
-        if (current or _is_dense(label)) and row.get("protocol") == protocol and label not in published
+        for label, row in rows.items()
+        if (same_mixtures or _is_dense(label) or _is_version(label))
+        and all(row.get(key) == dense.get(key) for key in ("protocol", "timing", "samples"))
     }
-    return {**published, **added}
+
+
+def _is_version(label: str) -> bool:
+    return not _is_dense(label) and ":" in label
 
 
 def _is_dense(label: str) -> bool:
@@ -189,7 +226,7 @@ def collect(runs: Sequence[Run], group: bool = False) -> dict[str, Any]:
         for label, metrics in run.rows.items():
             row = _row(run, name, label, metrics, runs[0])
             key = (DENSE if _is_dense(label) else (number, label), row["sampler"])
-            into = found.setdefault(key, {**row, "runs": [], "seeds": [], "experts": [], "devices": [], "each": []})
+            into = found.setdefault(key, {**row, "runs": [], "seeds": [], "experts": [], "agents": [], "devices": [], "each": []})
             if run.seed in into["seeds"]:
                 if not _is_dense(label):
                     raise InputError(f"--group: {into['runs'][0]} and {name} are one job with one seed, {run.seed}: give one of them")
@@ -197,8 +234,9 @@ def collect(runs: Sequence[Run], group: bool = False) -> dict[str, Any]:
             into["runs"].append(name)
             into["seeds"].append(run.seed)
             into["experts"] = sorted({*into["experts"], *([row["experts"]] if row["experts"] else [])})
+            into["agents"] = sorted({*into["agents"], *filter(None, [row["agent"]])})
             into["devices"] = list(dict.fromkeys([*into["devices"], metrics.get("device")]))
-            into["each"].append({name: row[name] for name in (*NUMBERS, "macs")})
+            into["each"].append({name: row[name] for name in (*NUMBERS, *MORE, "macs")})
     rows = sorted(
         (_summary(row) for row in found.values()), key=lambda row: (row["relative_time"] is None, row["relative_time"] or row["macs"])
     )
@@ -206,12 +244,19 @@ def collect(runs: Sequence[Run], group: bool = False) -> dict[str, Any]:
         "protocol": runs[0].dense["protocol"],
         "seeds": sorted({run.seed for run in runs}),
         "grouped": group,
-        "sampler": _sampler(runs[0].dense),
+        "sampler": sampler(runs[0].dense),
         "device": runs[0].dense.get("device"),
         "timing": runs[0].dense.get("timing"),
         "rows": rows,
         "runs": [
-            {"name": name, "run_folder": str(run.folder), "seed": run.seed, "command": run.command, "commits": run.commits}
+            {
+                "name": name,
+                "run_folder": str(run.folder),
+                "seed": run.seed,
+                "command": run.command,
+                "commits": run.commits,
+                "left_out": run.left_out,
+            }
             for run, name in zip(runs, names, strict=True)
         ],
     }
@@ -222,14 +267,17 @@ def _row(run: Run, name: str, label: str, metrics: Mapping[str, Any], first: Run
     dense = first.dense
     calls = metrics["calls"] / dense["calls"]
     macs = metrics["gmacs_per_step"] / run.dense["gmacs_per_step"]
-    plan = not _is_dense(label) and ":" not in label  # else a published version, of which nothing else is known here
+    plan = not _is_dense(label) and not _is_version(label)  # of a version nothing is known here but what was written beside its numbers
     same_device = metrics.get("device") == dense.get("device")
-    paired_alike = _sampler(run.dense) == _sampler(dense) and run.dense.get("samples") == dense.get("samples")
+    drawn_alike = same_device and metrics.get("drawn") == dense.get("drawn")
+    paired_alike = sampler(run.dense) == sampler(dense) and run.dense.get("samples") == dense.get("samples")
+    trained = None if not plan or run.trained_images is None else run.trained_images * (not label.endswith(CUT_ONLY))
     return {
         "run": "" if _is_dense(label) else name,
         "label": DENSE if _is_dense(label) else label,
         "experts": run.experts if plan else None,
-        "sampler": _sampler(metrics),
+        "agent": metrics.get("agent") or (_agent(run, label) if plan else None),
+        "sampler": sampler(metrics),
         "macs_per_step": macs,
         "macs": calls * macs,
         "relative_time": calls * metrics["ms_per_step"] / metrics["dense_ms_per_step"] if same_device else None,
@@ -237,13 +285,18 @@ def _row(run: Run, name: str, label: str, metrics: Mapping[str, Any], first: Run
         "frechet": metrics.get("frechet"),
         "kid": metrics.get("kid"),
         "paired_mse": metrics["paired_mse"] if paired_alike else None,
-        "trained_images": None if not plan or run.trained_images is None else run.trained_images * (not label.endswith(CUT_ONLY)),
+        "trained_images": metrics.get("trained_images", trained),
+        "paired_lpips": metrics.get("paired_lpips") if paired_alike else None,
+        "ms_per_image": metrics.get("ms_per_image") if drawn_alike else None,
+        "peak_memory_mib": metrics.get("peak_memory_mib") if same_device else None,
+        "trainer_seconds": metrics.get("trainer_seconds"),
     }
 
 
-def _sampler(metrics: Mapping[str, Any]) -> str:
-    sampler = SamplerRef.from_json(metrics["sampler"])
-    return sampler.name + (f" eta {sampler.eta:g}" if sampler.eta else "")
+def _agent(run: Run, label: str) -> str | None:
+    """Who found the plan of a mixture whose row does not say so: its label does, or the run."""
+    budget, _, kind = label.partition(" ")
+    return "uniform" if kind == CUT_ONLY else kind or run.agents.get(budget)
 
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:
@@ -276,20 +329,21 @@ def commit(root: Path) -> str | None:
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 
-def _cells(found: Mapping[str, Any]) -> list[list[str]]:
-    """The table's words, its head first; a column in which nothing stands, or which says the same of all runs, is left out."""
+def _cells(found: Mapping[str, Any], more: bool) -> list[list[str]]:
+    """The table's words, its head first; a column in which nothing stands, or which says the same of all runs, is left out. ``more``: those
+    of `MORE` too."""
     rows = found["rows"]
     names = {row["run"] for row in rows} - {""}
     columns = {
         "run": [row["run"] if len(names) > 1 else "" for row in rows],
         "": [row["label"] for row in rows],
         "K": [", ".join(map(str, row["experts"])) for row in rows],
+        "agent": [", ".join(row["agents"]) for row in rows],
         "sampler": [row["sampler"] for row in rows],
         "n": [str(row["n"]) if found["grouped"] else "" for row in rows],
     }
-    columns |= {title: [_number(row, key, text) for row in rows] for key, (title, text) in NUMBERS.items()}
-    kept = {title: cells for title, cells in columns.items() if any(cells)}
-    return [list(kept), *(list(row) for row in zip(*kept.values(), strict=True))]
+    numbers = NUMBERS | MORE if more else NUMBERS
+    return tables.filled(columns | {title: [_number(row, key, text) for row in rows] for key, (title, text) in numbers.items()})
 
 
 def _number(row: Mapping[str, Any], key: str, text: Callable[[float], str]) -> str:
@@ -297,18 +351,22 @@ def _number(row: Mapping[str, Any], key: str, text: Callable[[float], str]) -> s
     return "" if value is None else text(value) + (f" \N{PLUS-MINUS SIGN} {text(spread)}" if spread is not None else "")
 
 
-def _notes(found: Mapping[str, Any]) -> list[str]:
-    sampler, seeds = found["sampler"], found["seeds"]
-    told = f"MACs/step: relative to dense. time: measured, of all steps, relative to dense under {sampler}."
+def _notes(found: Mapping[str, Any], more: bool) -> list[str]:
+    under, seeds = found["sampler"], found["seeds"]
+    told = f"MACs/step: relative to dense. time: measured, of all steps, relative to dense under {under}."
     if any(row["paired_mse"] is None for row in found["rows"]):
-        told += f" MSE: to dense under {sampler}; left out for what was paired with another, or over another number of samples."
+        told += f" MSE: to dense under {under}; left out for what was paired with another, or over another number of samples."
     if any(row["trained_images"] is not None for row in found["rows"]):
         told += " trained on: images drawn by the training of all experts, elastic and after."
+    if more and any(row["trainer_seconds"] is not None for row in found["rows"]):
+        told += " trainer s: of all their trainers together."
     if found["grouped"]:
         told += " \N{PLUS-MINUS SIGN}: sample standard deviation over n seeds."
     several = f"; also seeds {both(map(str, seeds[1:]))}" if len(seeds) > 1 else ""
     elsewhere = list(dict.fromkeys(_of(row) for row in found["rows"] if row["devices"] != [found["device"]]))
-    return [told, timed_on(found, elsewhere), measured_under(found["protocol"]) + several]
+    why = "measured under another protocol, timing or number of samples than dense"
+    lost = [f"left out of {run['name']}, as {why}: {both(run['left_out'])}" for run in found["runs"] if run["left_out"]]
+    return [told, timed_on(found, elsewhere), measured_under(found["protocol"], found["rows"]) + several, *lost]
 
 
 def _of(row: Mapping[str, Any]) -> str:
@@ -325,22 +383,13 @@ def _sources(found: Mapping[str, Any], quote: str = "") -> list[str]:
     return lines
 
 
-def text(found: Mapping[str, Any]) -> str:
+def text(found: Mapping[str, Any], more: bool = False) -> str:
     """For a terminal."""
-    cells = _cells(found)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-
-    def line(row: list[str]) -> str:
-        padded = (c.ljust(w) if title in WORDS else c.rjust(w) for title, c, w in zip(cells[0], row, widths, strict=True))
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([*map(line, cells), "", *_notes(found), *_sources(found)])
+    return "\n".join([*tables.aligned(_cells(found, more), WORDS), "", *_notes(found, more), *_sources(found)])
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(found: Mapping[str, Any], more: bool = False) -> str:
     """The table, and below it what it holds for and the commands that make its runs."""
-    head, *rows = _cells(found)
-    rule = [":--" if title in WORDS else "--:" for title in head]
-    lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
-    lines += [line for note in _notes(found) for line in ("", note)]
+    lines = tables.markdown(_cells(found, more), WORDS)
+    lines += [line for note in _notes(found, more) for line in ("", note)]
     return "\n".join([*lines, "", *(f"- {line}" for line in _sources(found, "`"))]) + "\n"

@@ -8,17 +8,16 @@ finetune    recover quality                    publish     is it good? keep it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator import __version__, encode, evaluation, experts, searching
+from orchestrator import encode, evaluation, experts, publishing, searching
 from orchestrator.calibration import calibrate, read_influence
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
-from orchestrator.registry import Registry, is_published
+from orchestrator.registry import is_published
 from orchestrator.searching import search_plans
 from orchestrator.store import RunStore, write_json
 from orchestrator.words import few_steps, predicts, spent
@@ -28,16 +27,14 @@ from workers.contracts import (
     ExpertTask,
     ImageTask,
     LatencyTask,
-    MixtureManifest,
     Partition,
-    Provenance,
     RouteTask,
-    SamplerRef,
     SimilarityMatrix,
     SimilarityTask,
     derive_seed,
 )
 from workers.cost import cost_table, require_reachable
+from workers.files import remove
 from workers.latency_table import LatencyTable
 
 
@@ -67,7 +64,7 @@ def analyze(ctx: Context) -> dict[str, Any]:
     ctx.cluster.scatter(tasks.embed_timesteps, [item for item in items if not Path(item.out).exists()])
     [matrix] = ctx.cluster.scatter(tasks.compare_timesteps, [(tuple(items), num_timesteps, str(ctx.folder / "gram.npy"))])
     for part in ctx.folder.glob("embed-*.npy"):  # an attempt with another number of workers had other chunks
-        part.unlink()
+        remove(part)
     return {"similarity": matrix.to_json()}
 
 
@@ -119,6 +116,7 @@ def specialize(ctx: Context) -> dict[str, Any]:
             train=settings.settings(),
             random_networks=settings.random_networks,
             network_pool=settings.network_pool,
+            network_costs=settings.costs,
             importance_images=settings.importance_images,
             seed=job.seed,
             flip=job.data.flip,
@@ -219,45 +217,21 @@ def finetune(ctx: Context) -> dict[str, Any]:
 
 def publish(ctx: Context) -> dict[str, Any]:
     """Measure dense, every mixture and its baselines on the same images and noise; publish, verify, report."""
-    job = ctx.job
-    denoisers = experts.denoisers(ctx)
-    measured = evaluate(ctx, rows(ctx))
-    metrics = evaluation.read_table(measured)
+    chosen = rows(ctx)
+    measured = evaluate(ctx, chosen)
+    metrics = evaluation.read_table(measured, chosen)
     write_json(ctx.folder / "metrics.json", metrics)
-    registry, published = Registry(job.registry.path), {}
-    for i, config in enumerate(job.budgets):
-        budget = job.budget(i)
-        ref = denoisers[budget.name]
-        assert ref.plan is not None
-        folder = ctx.folder / f"mixture-{budget.name}"
-        sampler = SamplerRef(job.sampler.scheduler, job.sampler.steps, 0.0)
-        item = (ref, job.model.path, sampler, tuple(job.export.rewrites), str(folder))
+    published = {}
+    for budget in ctx.results["route"]["chosen"]:
+        item = publishing.item_of(ctx, chosen[budget].ref)
         ctx.cluster.scatter(tasks_evaluate.assemble_mixture, [item])
-        manifest = MixtureManifest(
-            name=job.name,
-            family=families.family_name(job.model.path),
-            plan=ref.plan,
-            metrics={label: row for label, row in metrics.items() if label.startswith(("dense", budget.name))},
-            config=job.model_dump(mode="json", exclude={"storage", "registry", "resources"}),
-            provenance=Provenance(
-                job=job.name,
-                fingerprint=ctx.fingerprint,
-                model=job.model.path,
-                model_digest=ctx.identity["model"],
-                data=job.data.path,
-                data_digest=ctx.identity["data.path"],
-                seed=job.seed,
-                versions={"diffpruning": __version__, **{name: version(name) for name in ("torch", "diffusers", "accelerate")}},
-            ),
-            files={},
-        )
-        published[budget.name] = version_ = registry.publish(job.name, manifest, folder)
-        files = registry.verify(version_)
-        ctx.say(f"  published {version_.reference}: {config.metric} {config.ratio:g}, {files} files verified, {version_.where}")
+        version = publishing.publish(ctx, chosen[budget].ref, metrics)
+        published[budget] = {"reference": version.reference, "path": version.where}
     return {
         "metrics": metrics,
+        "mixtures": ctx.fingerprints["finetune"],
         "rows": {label: file.relative_to(ctx.store.folder).as_posix() for label, file in measured.items()},
-        "published": {name: {"reference": v.reference, "path": v.where} for name, v in published.items()},
+        "published": published,
     }
 
 
@@ -301,7 +275,7 @@ STAGES = (
         ("partition",),
         ("elastic", "specialize", "data.flip", "data.class_dropout"),
         ("specialize.checkpoint_every",),
-        version=2,
+        version=3,
         leaves=lambda result: experts.folders(result["experts"]),
     ),
     Stage(
@@ -330,6 +304,8 @@ STAGES = (
             "evaluate",
             "evaluate.extractor_weights",
             "evaluate.reference",
+            "evaluate.kid_reference",
+            "evaluate.lpips",
             "export",
             "latency",
             "sampler.guidance_scale",
@@ -337,7 +313,9 @@ STAGES = (
             "name",
             "registry",
         ),
-        ignores=tuple(f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference")),  # files by what they hold
+        ignores=tuple(  # how work is shared out; and files, which are known by what they hold
+            f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference", "kid_reference", "lpips")
+        ),
         version=2,
         holds=lambda result: all(is_published(version["path"]) for version in result["published"].values()),
         fills=evaluation.FOLDER,

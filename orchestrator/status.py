@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import load_job
+from orchestrator.place import Place, is_uri
 from orchestrator.progress import duration, line
-from orchestrator.store import read_json
+from orchestrator.store import RunStore, read_json
 from orchestrator.words import gmacs, measured_under, of_dense, predicted_ms, sig, timing
 from workers.contracts import InputError, MixtureManifest, Progress
+from workers.mirror import tells
 from workers.protocol import common_protocol
 
 QUIET_S = 30.0
@@ -23,19 +25,21 @@ WATCH_EVERY_S = 1.0
 
 def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Stages that are done and the units of the one at work. ``job``: a job file or a run folder. Raises: InputError."""
-    folder = Path(job).expanduser()
-    if not (folder / "run.json").is_file():
-        folder = load_job(job, overrides).run_folder
+    place = Place.of_run(job) if is_uri(job) else Place(Path(job).expanduser())
+    if not place.uri and not (place.folder / "run.json").is_file():
+        place = load_job(job, overrides).place
+    store = RunStore.of(place, tells)
+    folder = store.folder
     owner = read_json(folder / "run.json")
     if owner is None:
-        raise InputError(f"no run in {folder}: start it with `diffpruning run`")
+        raise InputError(f"no run in {store.where()}: start it with `diffpruning run`")
     records = [read_json(path) for path in folder.glob("*-????????/done.json")]
     done = sorted((r for r in records if r), key=lambda r: r["started"] + r["seconds"])
     progress = read_json(folder / "progress.json") or {}
     mine = set(progress.get("fingerprints", {}).values())
     latest = {r["stage"]: r for r in done if not mine or r["fingerprint"] in mine}
     return {
-        "run_folder": str(folder),
+        "run_folder": store.where(),
         "job": owner["name"],
         "done": [
             {"stage": r["stage"], "seconds": round(r["seconds"], 1), "folder": f"{r['stage']}-{r['fingerprint'][:8]}"}
@@ -47,7 +51,7 @@ def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
         "trainers": progress.get("trainers", []) if progress.get("stage") else [],
         "driver": progress.get("driver"),
         "end": progress.get("end"),
-        "report": str(folder / "report.html") if (folder / "report.html").exists() else None,
+        "report": store.where(folder / "report.html") if store.has(folder / "report.html") else None,
     }
 
 
@@ -143,7 +147,7 @@ def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
         distance = f"{sig(m['frechet']):>9}" if m.get("frechet") is not None else ""
         lines.append(f"{label:<22}{m['denoising_loss']:>15.5f}{m['paired_mse']:>12.5f}{psnr:>9}{m['ms_per_step']:>9.1f}{memory}{distance}")
     if protocol := common_protocol(manifest.metrics):
-        lines += ["", measured_under(protocol)]
+        lines += ["", measured_under(protocol, manifest.metrics.values())]
     return "\n".join(lines)
 
 

@@ -11,6 +11,10 @@
                      progress.json                what is at work now, or how it ended
                      report.html, figures/        written by publish
 Folders carry their fingerprint, so settings may change and change back: nothing is overwritten and nothing is deleted.
+
+On an object store, which knows no folders, renames or locks, the same names are objects, and this machine works in a mirror of them
+(`workers.mirror`). The lock is a lease (`lease`), the folder is claimed by writing run.json if it is not there, and setting aside is
+copying object by object, done.json last.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,8 +30,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from workers.contracts import InputError
-from workers.files import replacing
+from orchestrator.lease import Lease
+from orchestrator.place import Place
+from workers import mirror
+from workers.contracts import InputError, RunFailed
+from workers.files import followed_by, replacing
+from workers.mirror import Mirror
 
 SCHEMA = 1
 
@@ -48,20 +57,88 @@ def read_json(path: Path) -> Any | None:
 
 
 class RunStore:
-    """One run folder. Reading never creates anything."""
+    """One run folder, or the mirror of one. Reading never creates anything but a mirror's copies."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, uri: str = ""):
+        """``uri``: of the run on an object store, whose mirror the folder is."""
         self.folder = folder
+        self.mirror = Mirror(str(folder), uri) if uri else None
+        self._foreign = False
+
+    @classmethod
+    def of(cls, place: Place, wanted: Callable[[str], bool] = mirror.shows) -> RunStore:
+        """The store, a mirror with what is ``wanted`` of it. Raises: InputError if an object store cannot be read."""
+        store = cls(place.folder, place.uri)
+        store.refresh(wanted)
+        return store
+
+    def where(self, path: Path | None = None) -> str:
+        """How the folder, or a path within, is called elsewhere."""
+        if self.mirror is None:
+            return str(path or self.folder)
+        return self.mirror.store.uri("" if path is None else path.relative_to(self.folder).as_posix())
+
+    def told(self, value: Any) -> Any:
+        """JSON with the paths of a mirror told as what they are copies of."""
+        if isinstance(value, dict):
+            return {key: self.told(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.told(item) for item in value]
+        inside = self.mirror is not None and isinstance(value, str) and Path(value).is_relative_to(self.folder)
+        return self.where(Path(value)) if inside and Path(value) != self.folder else self.where() if inside else value
+
+    def refresh(self, wanted: Callable[[str], bool] = mirror.shows) -> None:
+        """Bring what a command needs of a run into its mirror; a driver at work on this machine does so itself.
+
+        Raises: InputError if the store cannot be read."""
+        if self.mirror is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", blocking=False):
+                pass
+        except Timeout:
+            return
+        try:
+            there = self.mirror.store.names("")
+            self._foreign = "run.json" not in there and any(not name.startswith(".") for name in there)
+            found = {} if "run.json" not in there else self.mirror.pull(wanted)
+        except RunFailed as error:
+            raise InputError(f"storage.path: {error}") from None
+        if not found:
+            self.mirror.prune({})
+        for record in self.folder.glob("*/done.json"):
+            if self.mirror.name_of(record) not in found:
+                record.unlink()
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """What is written within goes to an object store too."""
+        with followed_by(self.mirror):
+            yield
 
     def claim(self, owner: dict[str, Any]) -> None:
         """Make the folder ours, or see that it is. Raises: InputError if it belongs to another job or cannot be written."""
         self.check_owner(owner)
+        if self.mirror is not None:
+            self._claim_objects(self.mirror, owner)
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "run.json").exists():
                 write_json(self.folder / "run.json", {"schema": SCHEMA, **owner})
         except OSError as error:
             raise InputError(f"storage.path: cannot write {self.folder}: {error.strerror}") from None
+
+    def _claim_objects(self, there: Mirror, owner: dict[str, Any]) -> None:
+        try:
+            there.store.require_conditions()
+            content = json.dumps({"schema": SCHEMA, **owner}, indent=1) + "\n"
+            if not (self.folder / "run.json").exists() and not there.store.create("run.json", content.encode()):
+                self.refresh()
+                self.check_owner(owner)
+        except RunFailed as error:
+            raise InputError(f"storage.path: {error}") from None
 
     def check_owner(self, owner: dict[str, Any]) -> None:
         """A list names one thing in several ways (where it lies, what it is); one that agrees is enough.
@@ -70,11 +147,12 @@ class RunStore:
         try:
             found = read_json(self.folder / "run.json")
             # what a killed claim leaves behind is hidden, and so is what file managers add
-            foreign = found is None and self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+            here = [] if self.mirror or not self.folder.exists() else self.folder.iterdir()
+            foreign = self._foreign or (found is None and any(not path.name.startswith(".") for path in here))
         except OSError as error:
             raise InputError(f"storage.path: cannot use {self.folder}: {error.strerror}") from None
         if foreign:
-            raise InputError(f"storage.path: {self.folder} is not empty and holds no run: choose another storage.path or name")
+            raise InputError(f"storage.path: {self.where()} is not empty and holds no run: choose another storage.path or name")
         for key, value in owner.items():
             theirs = None if found is None else found.get(key)
             same = theirs == value or (
@@ -83,25 +161,60 @@ class RunStore:
             if found is not None and not same:
                 theirs, ours = (v[0] if isinstance(v, list) else v for v in (theirs, value))
                 raise InputError(
-                    f"{self.folder} holds the run of another job ({key} {theirs}, this job has {ours}): "
+                    f"{self.where()} holds the run of another job ({key} {theirs}, this job has {ours}): "
                     "give this job its own name, e.g. --set name=mine"
                 )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One driver per run folder; the lock goes with its process. Raises: InputError if another holds it."""
-        lock = FileLock(self.folder / ".lock", blocking=False)
+        lock = FileLock(self.folder / ".lock", timeout=0 if self.mirror is None else 1)  # who reads a mirror holds it for a moment
         try:
             lock.acquire()
         except Timeout:
             raise InputError(
-                f"another diffpruning is running in {self.folder}: wait for it, or watch it with `diffpruning status`"
+                f"another diffpruning is running in {self.where()}: wait for it, or watch it with `diffpruning status`"
             ) from None
         try:
-            self.tidy()
-            yield
+            if self.mirror is None:
+                self.tidy()
+                yield
+            else:
+                with self._leased(self.mirror):
+                    yield
         finally:
             lock.release()
+
+    @contextlib.contextmanager
+    def _leased(self, there: Mirror) -> Iterator[None]:
+        """The lease of a run on an object store, and its mirror, exact and followed."""
+        lease = Lease(there.store, self._machine())
+        lease.take()
+        try:
+            there.prune(there.pull(mirror.works, exactly=True))
+            self.tidy()
+            with followed_by(lease), followed_by(there):
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(RunFailed, OSError):  # what ended the run is told
+                        for rest in ("tensorboard", "ray.log"):
+                            there.finished(self.folder / rest) if (self.folder / rest).exists() else None
+        except KeyboardInterrupt:
+            lease.require_held()
+            raise
+        finally:
+            with contextlib.suppress(RunFailed, OSError):  # it ends by itself
+                lease.give_back()
+
+    def _machine(self) -> str:
+        """A word that only processes that share this folder on their disk know."""
+        file = self.folder / ".machine"
+        if not file.exists():
+            beside = file.with_name(f".machine.{secrets.token_hex(4)}")
+            beside.write_text(secrets.token_hex(16))
+            beside.replace(file)
+        return file.read_text()
 
     def stage_folder(self, stage: str, fingerprint: str) -> Path:
         return self.folder / f"{stage}-{fingerprint[:8]}"
@@ -159,18 +272,30 @@ class RunStore:
         record = self.done(stage, fingerprint)
         if record is None:
             return
-        left = {*leaves(record["result"]), *([fills] if fills else [])}
+        moved = {*leaves(record["result"]), *([fills] if fills else [])}
 
-        def points_to_it(result: dict[str, Any]) -> bool:
-            return any(name in left or name.partition("/")[0] == fills for name in leaves(result))
+        def leaning(result: dict[str, Any]) -> bool:
+            return any(name in moved or name.partition("/")[0] == fills for name in leaves(result))
 
         records = {path.parent.name: read_json(path) for path in self.folder.glob(f"{stage}-????????/done.json")}
-        names = {self.stage_folder(stage, fingerprint).name, *left}
-        names |= {name for name, other in records.items() if leans and other and points_to_it(other["result"])}
-        for path in (self.folder / name for name in sorted(names)):
+        others = {name for name, other in records.items() if leans and other and leaning(other["result"])}
+        own = self.stage_folder(stage, fingerprint).name
+        for path in (self.folder / name for name in (*sorted(moved), *sorted(others - {own}), own)):  # until the last, it can be done again
             if path.exists():
-                number = next(n for n in range(1, 10000) if not path.with_name(f"{path.name}.aside{n}").exists())
-                path.rename(path.with_name(f"{path.name}.aside{number}"))
+                aside = next(to for n in range(1, 10000) if not self._exists(to := path.with_name(f"{path.name}.aside{n}")))
+                if self.mirror is None:
+                    path.rename(aside)
+                else:
+                    self.mirror.move(path, aside, last="done.json")
+
+    def _exists(self, path: Path) -> bool:
+        return path.exists() or (self.mirror is not None and self.mirror.holds(path))
+
+    def has(self, path: Path) -> bool:
+        """Whether a file is finished, be it here or not."""
+        if self.mirror is None:
+            return path.exists()
+        return self.mirror.store.find(path.relative_to(self.folder).as_posix()) is not None
 
 
 def _writer_lives(temporary: Path) -> bool:

@@ -260,6 +260,7 @@ def read(run: Path, name: str | None = None) -> dict[str, Any]:
         "steps_per_expert": result["served"],
         "warnings": few_steps(Partition.from_json(result["partition"]), result["served"]),
         "trials": rows,
+        "table": str(run / folder / "trials.parquet"),
         "figure": str(run / folder / "pareto.png"),
     }
 
@@ -295,7 +296,7 @@ def text(found: dict[str, Any]) -> str:
     lines += ["", f"{'steps per expert':<18}" + "".join(f"{name:>14}" for name in found["intervals"])]
     lines += [f"{sampler:<18}" + "".join(f"{n:>14}" for n in counts) for sampler, counts in found["steps_per_expert"].items()]
     lines += [f"warning: {warning}" for warning in found["warnings"]]
-    lines += ["", f"table     {found['folder']}/trials.parquet", f"figure    {found['figure']}"]
+    lines += ["", f"table     {found['table']}", f"figure    {found['figure']}"]
     if found["others"]:
         lines.append(f"others    {', '.join(found['others'])} (diffpruning sweep show JOB --id ID)")
     return "\n".join(lines)

@@ -15,7 +15,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.config import BUNDLED, PATH_KEYS, Beside, JobConfig, file_of, load_job, read_job
+from orchestrator.config import JobConfig, load_job
+from orchestrator.job_file import BUNDLED, PATH_KEYS, Beside, file_of, read_job
+from orchestrator.place import is_uri
 from workers.contracts import InputError
 
 CODE = ("orchestrator", "workers")
@@ -39,6 +41,9 @@ def pack(job: str, overrides: Sequence[str], folder: Path) -> Parcel:
     config, written = load_job(job, overrides), read_job(job, overrides)
     values = config.model_dump(mode="json")
     wrong = [_not_shared(f"{section}.path", values[section]["path"]) for section in ("storage", "registry")]
+    scratch = values["storage"]["scratch"] or "/"
+    if not scratch.startswith("/"):
+        wrong.append(f"storage.scratch is {scratch}: on a cluster give an absolute path on the disk of every node")
     bundled = []
     for section, key in PATH_KEYS:
         path = values[section][key]
@@ -62,16 +67,15 @@ def pack(job: str, overrides: Sequence[str], folder: Path) -> Parcel:
             f"{sum(sizes.values()) / 1e6:.0f} MB would travel with the job, and Ray takes 512 MiB; the largest file is {largest} "
             f"({sizes[largest] / 1e6:.0f} MB): put it on the cluster's storage and give its path there"
         )
-    return Parcel(config, f"{values['storage']['path'].rstrip('/')}/{config.name}", len(sizes), sum(sizes.values()))
+    where = config.place.uri or f"{values['storage']['path'].rstrip('/')}/{config.name}"
+    return Parcel(config, where, len(sizes), sum(sizes.values()))
 
 
 def _not_shared(key: str, path: str) -> str:
     """What is wrong with a place for results: all nodes have to mean the same by it. Whether they see it, the driver asks them."""
-    if path.startswith("/") or (key == "registry.path" and "://" in path):
+    if path.startswith("/") or is_uri(path):
         return ""
     example = f"--set {key}=/mnt/shared/{Path(path).name or 'runs'}"
-    if "://" in path:
-        return f"{key} is {path}: run folders lie on a file system that every node mounts: {example}"
     return f"{key} is {path}: a job on a cluster needs storage that every node sees, at an absolute path: {example}"
 
 

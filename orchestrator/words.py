@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from workers.contracts import Budget, Interval, MixturePlan, Partition
+from workers.contracts import Budget, Interval, MixturePlan, Partition, SamplerRef
 
 DOUBTFUL_ERROR = 0.1
 """Median prediction error of a latency table beyond which something else was probably running."""
@@ -127,18 +128,34 @@ def timed_on(row: Mapping[str, Any], elsewhere: Sequence[str] = ()) -> str:
     return told + (f"; those of {both(elsewhere)} are left out, as they are of another device" if elsewhere else "")
 
 
-def measured_under(protocol: Mapping[str, Any]) -> str:
-    """A protocol in one sentence, beginning with its id."""
-    p = protocol
+def measured_under(protocol: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A protocol in one sentence, beginning with its id. Of distances, those that any of the ``rows`` has are named."""
+    p, rows = protocol, list(rows)
     drawn = f"sampled in {p['dtype']}" + (f" with guidance {p['guidance_scale']:g}" if p["guidance_scale"] != 1 else "")
     drawn += f" from the noise of seed {p['seed']}"
     if not p["extractor"]:
         return f"protocol {p['id']}: {drawn}; no distances (evaluate.frechet_samples is 0)"
     resized = f", resized to {p['input_size']} ({p['resize']})" if p["input_size"] not in (None, p["image_shape"][-1]) else ""
+    kernel = any(row.get("kid") is not None for row in rows)
+    distances = "Frechet (FD) and kernel distance (KID)" if kernel else "Frechet distance (FD)"
+    count, digest = p.get("kid_images", p["reference_images"]), p.get("kid_digest", p["reference_digest"])
+    behind = f" (KID: {count:,}" + (")" if digest == p["reference_digest"] else f", digest {digest[:8]})")
+    behind = behind if kernel and (count, digest) != (p["reference_images"], p["reference_digest"]) else ""
     return (
-        f"protocol {p['id']}: Frechet (FD) and kernel distance (KID) of the {p['extractor']} features of {p['images']:,} images, 8 bits"
-        f"{resized}, to those of {p['reference_images']:,} reference images; {drawn}"
+        f"protocol {p['id']}: {distances} of the {p['extractor']} features of {p['images']:,} images, 8 bits{resized}, to those of "
+        f"{p['reference_images']:,} reference images{behind}; {drawn}"
     )
+
+
+def sampler(metrics: Mapping[str, Any]) -> str:
+    """With what a row was drawn: ``ddim:50``, or ``ddim:50 eta 0.5``."""
+    found = SamplerRef.from_json(metrics["sampler"])
+    return found.name + (f" eta {found.eta:g}" if found.eta else "")
+
+
+def optional(value: float | None, text: Callable[[float], str] = sig) -> str:
+    """Nothing for what was not measured, or is no number."""
+    return "" if value is None or not math.isfinite(value) else text(value)
 
 
 def kernels(compiled: bool, cuda_graphs: bool = False, fused_kernels: bool = False) -> str:

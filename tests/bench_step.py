@@ -162,7 +162,7 @@ class Bench:
         if "compile-teacher" in chosen:
             RegionCompiler(self.options.compile_backend).compile(teacher)
         trainer = Trainer.of(accelerator, elastic, teacher, family.features(model), self.schedule, settings)
-        networks, batch = training.sandwich(elastic.space, self.options.random_networks, 0, self.options.pool), self.batch(size)
+        networks, batch = self.networks(), self.batch(size)
         if last:
             batch = batch._replace(clean=batch.clean.to(memory_format=torch.channels_last))
         if self.cuda and "eager" not in chosen:
@@ -176,10 +176,15 @@ class Bench:
 
         return self.measure(f"elastic, {variant}", size, len(networks(0)), step)
 
+    def networks(self) -> training.Networks:
+        costs = self.options.costs.split(",")
+        table = cost_table(self.config, self.elastic)
+        return training.sandwich(table, (float(costs[0]), float(costs[1])), self.options.random_networks, 0, self.options.pool)
+
     def macs(self) -> float:
         """What the networks of the timed steps cost in all, relative to dense, mean over the steps."""
         table = cost_table(self.config, self.elastic)
-        networks = training.sandwich(table.space, self.options.random_networks, 0, self.options.pool)
+        networks = self.networks()
         steps = [sum(table.cost(spec or table.space.dense).macs for spec in networks(3 + i)) for i in range(self.options.repeats)]
         return statistics.mean(steps) / table.dense.macs
 
@@ -212,6 +217,7 @@ def main() -> None:
     parser.add_argument("--batches", default="64")
     parser.add_argument("--processes", default="", help="how many trainers at once, several numbers joined by commas")
     parser.add_argument("--random-networks", type=int, default=2)
+    parser.add_argument("--costs", default="0.2,1.0", help="the cheapest and the dearest sub-networks, as parts of dense's MACs")
     parser.add_argument("--pool", type=int, default=0, help="draw the random sub-networks from so many; 0: new ones in every step")
     parser.add_argument("--repeats", type=int, default=12, help="timed steps, each with other random networks")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "no"])

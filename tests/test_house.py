@@ -124,12 +124,12 @@ def test_a_job_accepts_every_name_of_an_extension_folder():
     assert load_job("quickstart", [f"router.agents={names_in('routers')}"]).router.agents == names_in("routers")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=name_of)
+@pytest.mark.parametrize("path", sorted([*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "jobs").glob("cifar10/*.yaml")]), ids=name_of)
 def test_every_bundled_job_loads_and_opens_with_the_commands_that_use_it(path):
     assert load_job(str(path)).name
     comment = path.read_text().partition("\nname:")[0]
     assert comment.startswith("#")
-    assert f"diffpruning run jobs/{path.name}" in comment
+    assert f"diffpruning run {path.relative_to(ROOT)}" in comment
 
 
 def texts() -> Iterator[Path]:

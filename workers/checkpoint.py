@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from workers import files
 from workers.contracts import InputError
 from workers.files import replacing
 
@@ -59,6 +60,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     Raises: InputError as ``read``.
     """
     folder = Path(folder)
+    files.needed(folder / ABOUT, folder / STATE)
     try:
         about = json.loads((folder / ABOUT).read_text())
         if not isinstance(about, dict):
@@ -84,10 +86,11 @@ def save_step(root: Path, step: int, write_into: Callable[[Path], None], keep: i
         if not is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
+            files.finished(folder, last=ABOUT)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in [other for other in _steps(root)[:-keep] if other != folder]:  # not this one, even if later, broken ones lie beside it
-        shutil.rmtree(old, ignore_errors=True)
+        files.remove(old, first=ABOUT)
     return folder
 
 
@@ -101,6 +104,7 @@ def is_whole(folder: Path) -> bool:
 
 def latest(root: Path, broken: list[str] | None = None) -> Path | None:
     """The newest readable checkpoint under ``root``; a broken one is passed over, and why is put into ``broken``."""
+    files.refresh(root, "step_*")
     for folder in reversed(_steps(root)):
         try:
             describe(folder)

@@ -330,6 +330,7 @@ class ExpertTask(Record):
     label: str = ""
     """Put before the interval's name in progress lines."""
     network_pool: int = 0
+    network_costs: tuple[float, float] = (0.2, 1.0)
     """How many random sub-networks there are in all; 0: new ones in every step."""
 
     @property

@@ -23,6 +23,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from workers.contracts import ImageTask, InputError, derive_seed
+from workers.files import finished
 from workers.sources import HUB as HUB
 from workers.sources import IMAGES as IMAGES
 from workers.sources import WINDOW as WINDOW
@@ -180,6 +181,7 @@ def build_cache(task: ImageTask) -> ImageCache:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+    finished(out)
     return ImageCache.open(out)
 
 

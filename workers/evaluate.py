@@ -90,10 +90,27 @@ def load_lpips(spec: str) -> nn.Module:
     return network.eval()
 
 
-def speed(batches: np.ndarray) -> dict[str, float]:
-    """From (images, seconds) of every batch that was drawn: whole sampling runs, decoding included. The first one warms up, if there are
-    more."""
-    images, seconds = batches[1:].sum(0) if len(batches) > 1 else batches.sum(0)
+def lpips_digest(spec: str) -> str:
+    """sha256 (hex) of the network that ``spec`` names, wherever its file lies. Raises: InputError."""
+    is_file = Path(spec).is_file()
+    return extractors.digest("file" if is_file else spec, Path(spec) if is_file else None, load_lpips(spec))
+
+
+def lone_batch(groups: Sequence[Sequence[int]], batch: int) -> Sequence[int]:
+    """Of seeds that are drawn group by group, the largest batch, if it is the only one of its size: none could be timed after it."""
+    batches = [seeds[i : i + batch] for seeds in groups for i in range(0, len(seeds), batch)]
+    largest = max(batches, key=len, default=())
+    return largest if sum(len(seeds) == len(largest) for seeds in batches) == 1 else ()
+
+
+def speed(shards: Sequence[np.ndarray]) -> dict[str, float]:
+    """From (images, seconds) of the batches that each shard drew: whole sampling runs, decoding included.
+
+    Batches of the largest size count; a shard's first one warms up, and is left out if there are more.
+    """
+    size = max(float(batches[:, 0].max()) for batches in shards if len(batches))
+    full = [batches[batches[:, 0] == size] for batches in shards]
+    images, seconds = np.concatenate([batches[1:] if len(batches) > 1 else batches for batches in full]).sum(0)
     return {"images_per_s": float(images / seconds), "ms_per_image": float(1e3 * seconds / images)}
 
 

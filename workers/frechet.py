@@ -42,8 +42,13 @@ class Statistics:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of mean, covariance and number of images."""
+        """sha256 (hex) of mean, covariance and number of images, all that the Frechet distance depends on."""
         return hashlib.sha256(b"".join(np.ascontiguousarray(x, "<f8").tobytes() for x in (self.mean, self.cov, self.n))).hexdigest()
+
+    @property
+    def features_digest(self) -> str:
+        """sha256 (hex) of the features, all that the kernel distance depends on; empty without them."""
+        return "" if self.features is None else hashlib.sha256(np.ascontiguousarray(self.features, "<f8").tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
         with replacing(path) as temporary:
@@ -51,26 +56,29 @@ class Statistics:
             np.savez(temporary, mean=self.mean, cov=self.cov, n=np.array(self.n), **known)
 
     @classmethod
-    def load(cls, path: Path, prefix: str = "") -> Statistics:
-        """From .npz with ``mean``, ``cov`` and ``n``, or with ``prefix_mean`` and so on. Raises: InputError naming what is wrong."""
+    def load(cls, path: Path, prefix: str = "", key: str = "evaluate.reference") -> Statistics:
+        """From .npz with ``mean``, ``cov`` and ``n``, or with ``prefix_mean`` and so on, and perhaps ``features``.
+
+        Raises: InputError naming the job's ``key`` and what is wrong.
+        """
         name = f"{prefix}_" if prefix else ""
         if not path.is_file():
-            raise InputError(f"evaluate.reference: no such file: {path}")
+            raise InputError(f"{key}: no such file: {path}")
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 if missing := [name + key for key in ("mean", "cov", "n") if name + key not in arrays]:
-                    raise InputError(f"evaluate.reference: {path} has no {', '.join(missing)}; it has {', '.join(arrays)}")
+                    raise InputError(f"{key}: {path} has no {', '.join(missing)}; it has {', '.join(arrays)}")
                 mean, cov = (np.asarray(arrays[name + key], np.float64) for key in ("mean", "cov"))
                 n = int(arrays[name + "n"])
                 features = arrays.get(f"{name}features")
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"evaluate.reference: {path} is not a readable .npz file: {error}") from None
+            raise InputError(f"{key}: {path} is not a readable .npz file: {error}") from None
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or n < 2 or not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-            raise InputError(f"evaluate.reference: {path}: mean {mean.shape}, cov {cov.shape} and n {n} are no statistics of features")
+            raise InputError(f"{key}: {path}: mean {mean.shape}, cov {cov.shape} and n {n} are no statistics of features")
         if features is not None and (features.ndim != 2 or features.shape[1] != len(mean)):
-            raise InputError(f"evaluate.reference: {path}: features {features.shape} do not fit a mean of {len(mean)} numbers")
+            raise InputError(f"{key}: {path}: features {features.shape} do not fit a mean of {len(mean)} numbers")
         return cls(mean, cov, n, features)
 
 
@@ -79,10 +87,10 @@ def is_statistics(reference: str) -> bool:
     return reference.endswith(".npz") or ".npz:" in reference
 
 
-def read_statistics(reference: str) -> Statistics:
-    """From ``FILE.npz`` or ``FILE.npz:PREFIX``. Raises: InputError."""
+def read_statistics(reference: str, key: str = "evaluate.reference") -> Statistics:
+    """From ``FILE.npz`` or ``FILE.npz:PREFIX``. Raises: InputError naming the job's ``key``."""
     path, _, prefix = reference.partition(".npz")
-    return Statistics.load(Path(f"{path}.npz"), prefix.removeprefix(":"))
+    return Statistics.load(Path(f"{path}.npz"), prefix.removeprefix(":"), key)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

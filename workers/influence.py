@@ -23,9 +23,11 @@ from workers.timesteps import Partition
 
 STEPS = 25
 """Most steps that samples are drawn with here: what the errors of an interval add up to hardly depends on how many there are."""
-LEVEL = 1.5
-"""Of the narrow sub-networks, see `uniform.at_level`: half of all widths between dense and narrowest."""
-LEAST, MOST = 0.1, 10.0
+ERROR = 0.1
+"""Of the narrow sub-networks, as a part of dense's: about alike for all experts, since samples move more than twice as far for twice the
+error. (On CIFAR-10, errors of .07, .07 and .35 made the noisiest expert seem to count thirty times as much as the others; small ones a few
+times.)"""
+LEAST, MOST = 0.25, 4.0
 """Bounds of an influence relative to the mean: a few hundred samples do not tell more."""
 NOISE_LEVEL = 0.02
 """Timestep, as a part of all, to whose noise samples are brought for their features: the denoiser never saw clean ones."""
@@ -148,6 +150,15 @@ def moved(samples: Sequence[np.ndarray], dense: Sequence[np.ndarray]) -> float:
         a, b = Statistics.of(mine @ axes), Statistics.of(theirs @ axes)
         found.append(max(0.0, frechet_distance(a, b)) / max(float(np.trace(b.cov)), 1e-12))
     return float(np.mean(found))
+
+
+def level_of_error(error: Callable[[float], float], wanted: float = ERROR, rounds: int = 7) -> float:
+    """The level (`uniform.at_level`) at which ``error`` is about ``wanted``: it falls from 0, the narrowest, to 2, dense."""
+    low, high = 0.0, 2.0
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        low, high = (middle, high) if error(middle) > wanted else (low, middle)
+    return low
 
 
 def influences(distances: Sequence[float | None], errors: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:

@@ -10,9 +10,13 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workers.contracts import RunFailed
 from workers.records import Record
+
+if TYPE_CHECKING:
+    from workers.mirror import Mirror
 
 SAME_EVERYWHERE = ("torch", "diffusers")
 """Packages whose versions decide what comes out."""
@@ -25,14 +29,23 @@ class Node(Record):
     """What a node says of itself when the driver asks."""
 
     sees: bool
-    """It sees the driver's marker file."""
+    """It sees the driver's marker file, or reads and writes the object store."""
     code: str
     """sha256 over the sources of this package."""
     versions: dict[str, str]
+    why: str = ""
+    """What the object store said to it, if it does not."""
 
 
-def this_node(marker: str) -> Node:
-    return Node(_sees(marker), code_digest(), versions())
+def this_node(marker: str, mirror: Mirror | None = None) -> Node:
+    """``mirror``: of a run on an object store, which is tried instead of the marker."""
+    why = ""
+    if mirror is not None:
+        try:
+            mirror.store.require_conditions()
+        except RunFailed as error:
+            why = str(error)
+    return Node(_sees(marker) if mirror is None else not why, code_digest(), versions(), why)
 
 
 def code_digest() -> str:
@@ -52,8 +65,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def require_storage(marker: str) -> None:
-    """For nodes that came after the driver had asked. Raises: RunFailed on a node that does not see the driver's marker file."""
+def require_storage(marker: str, mirror: Mirror | None = None) -> None:
+    """Before every task: have this node's mirror of an object store follow what the others have made.
+
+    Raises: RunFailed on a node, come after the driver had asked, that does not see the driver's marker file, or cannot read the store."""
+    if mirror is not None:
+        mirror.attach()
     if marker and not _sees(marker):
         raise RunFailed(f"node {socket.gethostname()} does not see the run folder {Path(marker).parent}: mount the shared storage there")
 

@@ -35,7 +35,7 @@ class SamplerRef(Record):
 
 @dataclass(frozen=True)
 class Protocol(Record):
-    """What two numbers must have in common to be compared. Without distances, what stands for the extractor is empty."""
+    """What two numbers must have in common to be compared. What stands for a thing that is not measured is empty."""
 
     image_shape: tuple[int, ...]
     """(C, H, W) of the images, which are in [-1, 1]."""
@@ -57,6 +57,16 @@ class Protocol(Record):
     """Generated images behind a distance."""
     reference_digest: str = ""
     reference_images: int = 0
+    kid_digest: str = ""
+    """Of the images, or of the stored features, that the kernel distance is measured from."""
+    kid_images: int = 0
+    """Reference images behind the kernel distance; 0: none is measured."""
+    lpips_digest: str = ""
+    """Of the network behind the perceptual distance."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Kernel and perceptual distance are left out where they are not measured: the id of what is does not depend on them."""
+        return {key: value for key, value in super().to_json().items() if value or not key.startswith(("kid_", "lpips_"))}
 
     @property
     def id(self) -> str:

@@ -30,6 +30,8 @@ class RowTask(Record):
     """It is the dense model under another sampler: what a step costs and the denoising loss are known."""
     reference: str | None = None
     """The statistics (npz) that features are compared with, perhaps followed by ``:PREFIX``."""
+    kid_reference: str | None = None
+    """The same, with features, for the kernel distance; None: it is not measured."""
     lpips: str | None = None
     commit: str | None = None
     """Of the code that measures."""

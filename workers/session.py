@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from workers.contracts import MixturePlan, Progress, RunFailed
+from workers.files import finished
+from workers.mirror import Mirror
 from workers.nodes import require_storage
 from workers.trials import SearchTrial
 from workers.watchdog import Watchdog
@@ -140,6 +142,7 @@ class RayTrainSession(RayTaskSession):
 
     def on_hang(self, text: str) -> None:
         self.on_progress(replace(self.last, note=text))
+        finished(self.watchdog.file)
         time.sleep(1)  # the message is on its way, and so is the end
 
 
@@ -215,7 +218,7 @@ def run_train_worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     context, item = ray.train.get_context(), config["item"]
-    require_storage(config["marker"])
+    require_storage(config["marker"], config["mirror"])
     _threads()
     world_size, folder = context.get_world_size(), Path(config["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,9 +254,11 @@ def raised(found: dict[str, Any]) -> Exception:
     return (OSError if found["kind"] == "OSError" else RunFailed)(*found["arguments"])
 
 
-def run_task(task: Callable[[Session, Any], Any], device: str, item: Any, marker: str = "") -> tuple[Any, float]:
-    """The body of every Ray task: its result, and the seconds that it took."""
-    require_storage(marker)
+def run_task(
+    task: Callable[[Session, Any], Any], device: str, item: Any, marker: str = "", mirror: Mirror | None = None
+) -> tuple[Any, float]:
+    """The body of every Ray task: its result, and the seconds that it took. ``marker`` and ``mirror``: see `workers.nodes`."""
+    require_storage(marker, mirror)
     _threads()
     started = time.time()
     return task(RayTaskSession(device), item), time.time() - started
@@ -266,9 +271,16 @@ def _threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 
 
-def run_trial(config: dict[str, Any], task: Callable[[Session, Any], Any], items: dict[str, Any], device: str, marker: str = "") -> None:
+def run_trial(
+    config: dict[str, Any],
+    task: Callable[[Session, Any], Any],
+    items: dict[str, Any],
+    device: str,
+    marker: str = "",
+    mirror: Mirror | None = None,
+) -> None:
     """The trainable of the plan search: one trial is one combination of axes (budget, agent, seed), whose name is ``config["trial"]``."""
-    require_storage(marker)
+    require_storage(marker, mirror)
     _threads()
     key = config["trial"]
     session = RayTrialSession(device, key)

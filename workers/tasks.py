@@ -31,12 +31,14 @@ from workers.contracts import (
     SimilarityMatrix,
     SimilarityTask,
 )
+from workers.cost import cost_table
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator
 from workers.elastic import Branch, ElasticDenoiser, extract, importance_order, reorder
 from workers.files import replacing
 from workers.latency_table import table_path
 from workers.samples import Samples, open_samples
 from workers.session import Session
+from workers.trainer import teachable
 from workers.training import WHOLE, fit, sandwich
 
 
@@ -171,6 +173,7 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
     if item.spec is not None and item.source is not None:
         elastic = load_elastic(item.source, item.model, item)
         small = extract(elastic.model, elastic.branches, item.spec).requires_grad_(True)
+        names = teachable(names, item.spec)
         about = {"spec": item.spec.to_json()}
         return fit(session, ElasticDenoiser(small, ()), teacher, names, schedule, item, WHOLE, about)
 
@@ -183,7 +186,7 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
         orders = session.agree(orders)
         reorder(model, branches, orders)
     elastic = ElasticDenoiser(model, branches)  # in eval mode: distillation wants no dropout
-    networks = sandwich(elastic.space, item.random_networks, item.seed, item.network_pool)
+    networks = sandwich(cost_table(config, item.elastic), item.network_costs, item.random_networks, item.seed, item.network_pool)
     return fit(session, elastic, teacher, names, schedule, item, networks, {"orders": orders})
 
 

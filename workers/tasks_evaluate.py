@@ -25,7 +25,7 @@ from workers import checkpoint, conditioning, data, evaluate, extractors, famili
 from workers.contracts import DenoiserRef, EvaluateTask, ExtractorRef, InputError, Progress, RunFailed, SamplerRef, derive_seed
 from workers.diffusion import NoiseSchedule, make_sampler, pixels, sampler_timesteps
 from workers.elastic import extract, reorder
-from workers.files import replacing
+from workers.files import finished, remove, replacing
 from workers.frechet import Statistics, frechet_distance, kernel_distance, read_statistics
 from workers.generate import SamplingDenoiser, Surroundings
 from workers.latency import device_name
@@ -101,15 +101,19 @@ def evaluate_shard(session: Session, item: EvaluateTask) -> str:
     if item.compiled:
         _compiler().compile(denoiser.model)
     sampler, batches = SamplerRef(item.scheduler, item.steps, item.eta), []
+    timed = functools.partial(
+        around.draw, denoiser, sampler, shape=shape, batch=item.batch_size, guidance_scale=item.guidance_scale, pad=item.compiled
+    )
 
     def draw(seeds: Sequence[int]) -> Iterator[Tensor]:
-        for images, seconds in around.draw(
-            denoiser, sampler, seeds, shape, item.batch_size, guidance_scale=item.guidance_scale, pad=item.compiled
-        ):
+        for images, seconds in timed(seeds=seeds):
             batches.append((len(images), seconds))
             yield images
             on_images(len(images))
 
+    if item.compiled or session.device.startswith("cuda"):
+        for _ in timed(seeds=evaluate.lone_batch((item.noise_seeds, item.frechet_seeds), item.batch_size)):
+            pass  # it warms up what would be timed first
     arrays: dict[str, Any] = {"losses": losses, "samples": _stack([images.cpu() for images in draw(item.noise_seeds)])}
     if item.extractor is not None:
         extractor = _extractor(item.extractor, session.device)
@@ -184,7 +188,8 @@ def _row(session: Session, item: RowTask, dense_ms: float) -> dict[str, Any]:
         **evaluate.paired_metrics(samples, dense_samples),
         **({} if item.lpips is None else {"paired_lpips": evaluate.lpips(item.lpips, samples, dense_samples, session.device)}),
         **_distances(item, shards),
-        **evaluate.speed(_joined(shards, "batches")),
+        **evaluate.speed([shard["batches"] for shard in shards]),
+        "drawn": {"batch": task.batch_size, "compiled": task.compiled},
         "sampler": SamplerRef(task.scheduler, task.steps, task.eta).to_json(),
         "protocol": item.protocol.told(),
         "timing": task.timing.to_json(),
@@ -203,7 +208,7 @@ def _write_row(item: RowTask, row: dict[str, Any]) -> None:
     with replacing(out) as path:
         path.write_text(json.dumps(row, indent=1) + "\n")
     for shard in out.parent.glob(f"{out.stem}.*of*.npz"):
-        shard.unlink()
+        remove(shard)
 
 
 def _joined(shards: Sequence[dict[str, np.ndarray]], name: str) -> np.ndarray:
@@ -212,13 +217,19 @@ def _joined(shards: Sequence[dict[str, np.ndarray]], name: str) -> np.ndarray:
 
 
 def _distances(item: RowTask, shards: Sequence[dict[str, np.ndarray]]) -> dict[str, float | None]:
-    """Frechet and kernel distance of the shards' features from the reference; None where they, or the reference's features, are missing."""
+    """Frechet and kernel distance of the shards' features from their references; None where these, or the features, are missing."""
     if item.reference is None:
         return {}
     features, reference = _joined(shards, "features"), read_statistics(item.reference)
     if not np.isfinite(features).all():  # the images themselves are not
         return {"frechet": None, "kid": None, "kid_std": None}
-    kid, spread = (None, None) if reference.features is None else kernel_distance(features, reference.features)
+    kid = spread = known = None
+    if item.kid_reference is not None:
+        known = (
+            reference if item.kid_reference == item.reference else read_statistics(item.kid_reference, "evaluate.kid_reference")
+        ).features
+    if known is not None:
+        kid, spread = kernel_distance(features, known)
     return {"frechet": frechet_distance(Statistics.of(features), reference), "kid": kid, "kid_std": spread}
 
 
@@ -259,4 +270,5 @@ def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, SamplerRef,
             raise RunFailed(f"what was trained cannot be published: {error}") from error
     except SafetensorError as error:  # a full disk, which safetensors does not report as OSError
         raise RunFailed(f"the mixture cannot be written to {out}: {error}: the same command again continues") from error
+    finished(Path(out))
     return out

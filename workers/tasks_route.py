@@ -34,7 +34,7 @@ from workers.dense_error import DenseError
 from workers.diffusion import NoiseSchedule, generator, sampler_timesteps, steps_per_expert
 from workers.elastic import ElasticDenoiser, extract
 from workers.files import replacing
-from workers.influence import LEVEL, Probe
+from workers.influence import Probe, level_of_error
 from workers.latency_table import LatencyTable
 from workers.routers.uniform import at_level
 from workers.samples import open_samples
@@ -114,7 +114,8 @@ def expert_influence(session: Session, item: tuple[InfluenceTask, int]) -> tuple
     unit, route = f"influence {task.route.experts[k].interval.name}", task.route
     session.report(Progress(route.stage, unit, 0, 1))
     experts, _, score = _calibration(_shared(route))
-    spec = at_level(experts[k].space, LEVEL)
+    level = level_of_error(lambda level: score[k].error(experts[k], at_level(experts[k].space, level)))
+    spec = at_level(experts[k].space, level)
     small = extract(experts[k].model, experts[k].branches, spec)
     with np.load(task.dense, allow_pickle=False) as arrays, _precision(route):
         distance = _probe(task).distance(k, small, dict(arrays))

@@ -8,6 +8,7 @@ and what is the same in every step is replayed as CUDA graphs: launching a small
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Features:
     """Collects the outputs of the named modules during a forward pass."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
-        self.outputs: list[Tensor] = []
+        self.names, self.outputs = tuple(names), list[Tensor]()
         for name in names:
             model.get_submodule(name).register_forward_hook(self._collect)
 
@@ -54,6 +55,12 @@ class Features:
     def take(self) -> list[Tensor]:
         outputs, self.outputs = self.outputs, []
         return outputs
+
+
+def teachable(levels: Sequence[str], spec: ArchitectureSpec) -> list[str]:
+    """The levels whose features a sub-network can learn: those where it has kept a branch. What a level without one makes of its input
+    cannot match the teacher's, and would only pull at the levels before it."""
+    return [level for level in levels if any(kept and site.startswith(f"{level}.") for site, kept in spec.choices.items())]
 
 
 class Taught(NamedTuple):
@@ -67,6 +74,11 @@ class Taught(NamedTuple):
     def of(cls, output: Tensor, features: list[Tensor]) -> Taught:
         return cls(output.float(), features, [_mean_square(feature).clamp_min(1e-8) for feature in features])
 
+    def only(self, chosen: Sequence[bool]) -> Taught:
+        """Of the features, the chosen ones."""
+        features, energies = (list(itertools.compress(values, chosen)) for values in (self.features, self.energies))
+        return Taught(self.output, features, energies)
+
 
 def _mean_square(values: Tensor) -> Tensor:
     """Summed in float32, without a float32 copy of the values."""
@@ -76,14 +88,14 @@ def _mean_square(values: Tensor) -> Tensor:
 def expert_loss(
     predicted: Tensor, features: Sequence[Tensor], taught: Taught, target: Tensor, settings: TrainSettings, weights: Tensor | None = None
 ) -> Tensor:
-    """Output distillation + feature distillation (each level relative to the teacher's energy) + denoising.
+    """Output distillation + feature distillation (each level relative to the teacher's energy; none if there are none) + denoising.
 
     ``weights`` [B]: how much each image's errors of the output count.
     """
     ratios = [_mean_square(mine - theirs) / energy for mine, theirs, energy in zip(features, taught.features, taught.energies, strict=True)]
     return (
         settings.output_weight * _weighted_error(predicted, taught.output, weights)
-        + settings.feature_weight * torch.stack(ratios).mean()
+        + (settings.feature_weight * torch.stack(ratios).mean() if ratios else 0.0)
         + settings.denoising_weight * _weighted_error(predicted, target, weights)
     )
 
@@ -253,7 +265,10 @@ class Trainer:
         """One sub-network's gradient, times ``share``; returns its loss, times ``share``."""
         predicted = self.running(lesson.noisy, lesson.timesteps, spec, **lesson.told)
         weights = None if self.weights is None else self.weights[lesson.timesteps]
-        loss = expert_loss(predicted, self.features.take(), lesson.taught, lesson.target, self.settings, weights) * share
+        levels = self.features.names if spec is None else teachable(self.features.names, spec)
+        taught = lesson.taught.only([name in levels for name in self.features.names])
+        mine = [feature for name, feature in zip(self.features.names, self.features.take(), strict=True) if name in levels]
+        loss = expert_loss(predicted, mine, taught, lesson.target, self.settings, weights) * share
         self.accelerator.backward(loss)
         return loss.detach()
 

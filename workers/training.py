@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from workers import checkpoint, conditioning, data, dense_error
 from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Progress, RunFailed, SearchSpace, derive_seed
+from workers.cost import CostTable
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator
 from workers.elastic import ElasticDenoiser
 from workers.samples import Samples, open_samples
@@ -33,23 +34,38 @@ def random_network(space: SearchSpace, rng: random.Random) -> ArchitectureSpec:
     return ArchitectureSpec({s.name: s.choices[round(ranks[s.name])] for s in space.sites})
 
 
+def network_of_cost(table: CostTable, target: float, rng: random.Random) -> ArchitectureSpec:
+    """A random sub-network that costs ``target`` of dense's MACs or a little less; the cheapest of its kind if none does."""
+    shift = {site.name: rng.uniform(-0.3, 0.3) for site in table.space.sites}
+
+    def sized(size: float) -> ArchitectureSpec:
+        ranks = {s.name: min(1.0, max(0.0, size + shift[s.name])) * (len(s.choices) - 1) for s in table.space.sites}
+        return ArchitectureSpec({s.name: s.choices[round(ranks[s.name])] for s in table.space.sites})
+
+    low, high = -0.3, 1.3
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if table.cost(sized(middle)).macs <= target * table.dense.macs else (low, middle)
+    return sized(low)
+
+
 @dataclass(frozen=True)
 class Networks:
     """Which sub-networks a step trains: ``count`` random ones, and one of the ``ends``, which take turns.
 
-    The ends are the largest (None) and the narrowest: slimmable networks' sandwich rule at two thirds of its cost. With a ``pool``, random
+    The ends are about the largest and the smallest: slimmable networks' sandwich rule at two thirds of its cost. With a ``pool``, random
     ones are drawn from it; without, they are new in every step. A pure function of ``seed`` and the step.
     """
 
     ends: tuple[ArchitectureSpec | None, ...]
-    space: SearchSpace = SearchSpace(())
+    draw: Callable[[random.Random], ArchitectureSpec] | None = None
     count: int = 0
     seed: int = 0
     pool: tuple[ArchitectureSpec, ...] = ()
 
     def __call__(self, step: int) -> list[ArchitectureSpec | None]:
         rng = random.Random(derive_seed(self.seed, "sandwich", step))
-        drawn = rng.sample(self.pool, self.count) if self.pool else [random_network(self.space, rng) for _ in range(self.count)]
+        drawn = rng.sample(self.pool, self.count) if self.pool else [self.draw(rng) for _ in range(self.count) if self.draw]
         return [*drawn, self.ends[step % len(self.ends)]]
 
     @property
@@ -62,11 +78,18 @@ WHOLE = Networks((None,))
 """No sub-networks: the denoiser itself in every step."""
 
 
-def sandwich(space: SearchSpace, count: int, seed: int, pool: int = 0) -> Networks:
-    """``pool``: how many random sub-networks there are in all; 0 for new ones in every step."""
+def sandwich(table: CostTable, costs: tuple[float, float], count: int, seed: int, pool: int = 0) -> Networks:
+    """Sub-networks that cost between ``costs`` of dense's MACs, cheap ones as often as dear ones (by the logarithm): what no budget will
+    ask for is not trained. ``pool``: how many random sub-networks there are in all; 0 for new ones in every step."""
+    low, high = costs
+
+    def draw(rng: random.Random) -> ArchitectureSpec:
+        return network_of_cost(table, low * (high / low) ** rng.random(), rng)
+
     rng = random.Random(derive_seed(seed, "sandwich", "pool"))
-    members = tuple(random_network(space, rng) for _ in range(max(pool, count))) if pool else ()
-    return Networks((space.narrowest, None), space, count, seed, members)
+    members = tuple(draw(rng) for _ in range(max(pool, count))) if pool else ()
+    ends = network_of_cost(table, low, rng), None if high >= 1 else network_of_cost(table, high, rng)
+    return Networks(ends, draw, count, seed, members)
 
 
 def fit(
@@ -142,8 +165,10 @@ def fit(
         if time.time() - told > 0.5 or step == settings.steps:
             report(step)
             told = time.time()
+    trainer.captured = None  # graphs and trainer refer to each other: the memory of one expert would outlast it
     loss = history[-1][1] if history else 0.0
-    return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, time.time(), spent + time.time() - started)
+    ended = time.time()
+    return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, ended, spent + ended - started)
 
 
 def _timestep_weights(

@@ -278,7 +278,7 @@ class Job:
         assert not [*self.run.glob("*/search/tune"), *self.run.glob("search/tune")]
 
 
-TIMES = re.compile(r"(search_seconds|.*ms_per_.*|images_per_s|relative_time|fingerprint)")
+TIMES = re.compile(r"(search_seconds|.*ms_per_.*|images_per_s|relative_time|trainer_seconds|fingerprint)")
 
 
 def _timeless(value: Any) -> Any:

@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 import yaml
 
-from orchestrator.config import BUNDLED, Elastic, Finetune, JobConfig, Router, Specialize, Training, find_job, job_schema, load_job
+from orchestrator.config import Elastic, Finetune, JobConfig, Router, Specialize, Training, job_schema, load_job
+from orchestrator.job_file import BUNDLED, find_job
 from workers.contracts import ElasticSettings, InputError, RouteSettings, TrainSettings
 
 JOB = {"name": "small", "model": {"path": "a-model"}, "data": {"path": "some-images"}, "budgets": [{"ratio": 0.5}]}
@@ -441,7 +442,7 @@ def test_the_schema_and_the_configuration_have_the_same_keys():
     assert {key for key, _ in leaves(schema, schema)} - {"extends"} == dotted(load_job("quickstart").model_dump())
 
 
-@pytest.mark.parametrize("path", sorted(BUNDLED.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted([*BUNDLED.glob("*.yaml"), *BUNDLED.glob("cifar10/*.yaml")]), ids=lambda path: path.name)
 def test_every_bundled_job_fits_the_schema(path):
     jsonschema.validate(yaml.safe_load(path.read_text()), job_schema())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,51 @@ def test_the_table_names_the_device_and_leaves_out_times_of_another(first):
     assert "images/s: of one worker, while up to 3 drew at once" in lines
 
 
+def cells(text: str, label: str) -> dict[str, str]:
+    """The row of a printed table, by the titles of its columns."""
+    head, *lines = (re.split("  +", line) for line in text.splitlines())
+    [row] = [line for line in lines if line[0] == label and len(line) == len(head)]
+    return dict(zip(head, row, strict=True))
+
+
+def changed(found: dict[str, Any], label: str, **more: Any) -> dict[str, Any]:
+    return {**found, "rows": {**found["rows"], label: {**found["rows"][label], **more}}}
+
+
+def test_speeds_of_other_batches_than_denses_are_left_out(first):
+    assert {label: row["drawn"] for label, row in first["rows"].items()} == dict.fromkeys(LABELS, {"batch": 2, "compiled": False})
+    assert cells(cli_evaluate.text(first), "dense ddim:2")["images/s"] != "-"
+    text = cli_evaluate.text(changed(first, "dense ddim:2", drawn={"batch": 64, "compiled": False}), more=True)
+    odd = cells(text, "dense ddim:2")
+    assert (odd["images/s"], odd["ms/image"], odd["time"]) == ("-", "-", "50.0%")
+    assert cells(text, "dense dpmpp:3")["images/s"] != "-"
+    assert "images/s of dense ddim:2 are left out, as they were drawn in other batches than dense's" in text.splitlines()
+
+
+def test_more_columns_are_shown_when_they_are_asked_for_and_there(first):
+    measured = changed(first, "dense ddim:2", paired_lpips=0.125, peak_memory_mib=1234.5)
+    plain, whole = cells(cli_evaluate.text(measured), "dense ddim:2"), cli_evaluate.text(measured, more=True)
+    assert not {"LPIPS to dense", "ms/image", "peak MiB"} & set(plain)
+    head = re.split("  +", whole.splitlines()[0])
+    assert head[-3:] == ["LPIPS to dense", "ms/image", "peak MiB"]
+    assert whole.splitlines()[2].split()[-3:] == ["0.125", f"{first['rows']['dense ddim:2']['ms_per_image']:#.3g}".rstrip("."), "1,234"]
+    assert "peak MiB" not in cli_evaluate.text(first, more=True), "nothing stands there"
+
+
+def test_a_mixture_says_who_found_it_and_what_its_training_took(first):
+    mixture = {**first["rows"]["dense"], "agent": "era", "trained_images": 512000, "trainer_seconds": 1234.4}
+    text = cli_evaluate.text({**first, "rows": {**first["rows"], "macs-0.60": mixture}})
+    row = cells(text, "macs-0.60")
+    assert (row["agent"], row["trained on"], row["trainer s"]) == ("era", "512,000", "1,234")
+    assert "agent" not in cli_evaluate.text(first).splitlines()[0].split(), "dense has none"
+
+
+def test_the_noise_that_a_sampler_adds_is_told(home):
+    noisy = table(home, "sampler.eta=0.5", f"storage.path={home}/noisy", more=("--only", "dense ddim:2"))
+    assert cells(cli_evaluate.text(noisy), "dense")["sampler"] == "ddim:4 eta 0.5"
+    assert cells(cli_evaluate.text(noisy), "dense ddim:2")["sampler"] == "ddim:2 eta 0.5"
+
+
 def test_the_protocol_says_under_what_it_was_measured(first):
     protocol = first["protocol"]
     assert {label: row["protocol"] for label, row in first["rows"].items()} == dict.fromkeys(LABELS, protocol)
@@ -153,8 +199,7 @@ def test_four_shards_equal_one(home, first):
     found = table(home, f"storage.path={home}/shards", "evaluate.shards=3")
     for label, row in scores(found).items():
         for key in ("frechet", "paired_mse", "denoising_loss"):
-            assert row[key] == pytest.approx(first["rows"][label][key], rel=1e-6)
-        assert row["frechet"] == first["rows"][label]["frechet"], "the same images are drawn together"
+            assert row[key] == first["rows"][label][key], "the same images are drawn together"
     assert found["protocol"] == first["protocol"]
 
 
@@ -176,6 +221,8 @@ def test_asking_for_some_rows_forgets_no_others_that_hold_beside_them(home, firs
     assert json.loads(kept.read_text())["rows"] == whole["rows"]
     table(home, "evaluate.samples=2", more=("--only", "dense"))
     assert list(json.loads(kept.read_text())["rows"]) == ["dense"], "the others were paired over three samples"
+    table(home, more=("--only", "dense"))
+    assert json.loads(kept.read_text())["rows"] == whole["rows"], "what was measured under these settings holds again"
 
 
 def test_without_distances_the_table_is_that_of_paired_errors(home, first):
@@ -195,15 +242,89 @@ def test_images_as_reference_are_seen_once_and_give_a_kernel_distance(home, monk
     monkeypatch.setattr(tasks_evaluate, "reference_statistics", lambda *_: pytest.fail("seen again"))
     default = table(home, "evaluate.reference=null", *changes[1:])
     assert default["rows"]["dense"]["frechet"] == row["frechet"], "the default reference is all images of data.path"
+    assert "Frechet (FD) and kernel distance (KID) of the torchscript features of 6 images, 8 bits, to those of 16 reference images;" in (
+        cli_evaluate.text(found)
+    )
+
+
+def test_a_kernel_distance_is_measured_beside_a_frechet_distance_from_stored_statistics(home, first):
+    images = table(home, f"evaluate.kid_reference={home}/images", more=("--only", "dense"))
+    row = images["rows"]["dense"]
+    assert row["frechet"] == first["rows"]["dense"]["frechet"]
+    assert row["kid"] is not None
+    known = {key: value for key, value in images["protocol"].items() if not key.startswith("kid_")}
+    assert {**known, "id": first["protocol"]["id"]} == first["protocol"], "nothing else differs"
+    assert images["protocol"]["id"] != first["protocol"]["id"]
+    assert images["protocol"]["kid_images"] == 16
+    digest = images["protocol"]["kid_digest"][:8]
+    assert f"to those of 40 reference images (KID: 16, digest {digest});" in cli_evaluate.text(images)
+    plain = table(home, f"evaluate.reference={home}/images", "evaluate.dense=[]")
+    assert plain["rows"]["dense"]["kid"] == row["kid"], "from the same images"
+
+
+def test_stored_features_count_where_a_kernel_distance_is_made_of_them(home):
+    rng = np.random.default_rng(1)
+    features = rng.standard_normal((40, 12)).astype(np.float32)
+    stored = {"mean": features.mean(0), "cov": np.cov(features, rowvar=False), "n": 40}
+    protocols = {}
+    for name, more in (("none", {}), ("some", {"features": features}), ("others", {"features": features[:30]})):
+        np.savez(home / "own.npz", **stored, **more)  # at one path
+        found = table(home, f"evaluate.reference={home}/own.npz", more=("--only", "dense"))
+        protocols[name] = found["protocol"]
+        assert (found["rows"]["dense"]["kid"] is None) == (name == "none")
+    assert len({protocol["id"] for protocol in protocols.values()}) == 3
+    assert len({protocol["reference_digest"] for protocol in protocols.values()}) == 1
+    assert [protocol.get("kid_images") for protocol in protocols.values()] == [None, 40, 30]
+    np.savez(home / "only_kid.npz", test_mean=features.mean(0) + 1, test_cov=stored["cov"], test_n=9, test_features=features)
+    apart = table(home, f"evaluate.kid_reference={home}/only_kid.npz:test", more=("--only", "dense"))
+    assert apart["protocol"]["kid_digest"] == protocols["some"]["kid_digest"]
+
+
+def test_an_id_does_not_depend_on_distances_that_are_not_measured():
+    """As they were before there were others."""
+    far = {"extractor": "resnet56", "extractor_digest": "a" * 64, "input_size": 32, "resize": "none", "images": 10000}
+    far |= {"reference_digest": "b" * 64, "reference_images": 10000}
+    assert Protocol((3, 16, 16), 0, 1.0, "float32").id == "637855962cfb"
+    assert Protocol((3, 32, 32), 3, 1.5, "bfloat16", **far).id == "45e7356e6b64"
+    assert not [key for key in Protocol((3, 32, 32), 3, 1.5, "bfloat16", **far).told() if key.startswith(("kid", "lpips"))]
+
+
+def test_a_perceptual_distance_is_that_of_the_weights_wherever_they_lie(home):
+    from orchestrator.planning import prepare
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, scale: float):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.scale * (a - b).abs().mean((1, 2, 3))
+
+    def publish() -> str:
+        return prepare(load_job(str(home / "job.yaml"), [f"evaluate.lpips={home}/lpips.pt"])).pipeline.fingerprints["publish"]
+
+    changes, found, fingerprints = (f"evaluate.lpips={home}/lpips.pt", "evaluate.frechet_samples=0"), {}, {}
+    for scale in (1.0, 2.0):
+        torch.jit.script(Scaled(scale)).save(home / "lpips.pt")  # at one path
+        found[scale], fingerprints[scale] = table(home, *changes, more=("--only", "dense ddim:2")), publish()
+    one, two = (found[scale]["rows"]["dense ddim:2"]["paired_lpips"] for scale in found)
+    assert 0 < one == pytest.approx(two / 2)
+    assert found[1.0]["protocol"]["id"] != found[2.0]["protocol"]["id"]
+    assert fingerprints[1.0] != fingerprints[2.0]
+    (home / "lpips.pt").rename(home / "moved.pt")
+    files = set((home / "runs" / "small" / "evaluation").iterdir())
+    moved = table(home, f"evaluate.lpips={home}/moved.pt", changes[1], more=("--only", "dense ddim:2"))
+    assert moved == found[2.0]
+    assert set((home / "runs" / "small" / "evaluation").iterdir()) == files, "measured once"
 
 
 def test_the_printed_table_has_a_row_each_and_ends_with_the_protocol(first):
     text = cli_evaluate.text(first)
     assert [line.split("  ")[0] for line in text.splitlines()[1:4]] == LABELS
     assert "50.0%" in text.splitlines()[2]
-    assert text.splitlines()[-1].startswith(
-        f"protocol {first['protocol']['id']}: Frechet (FD) and kernel distance (KID) of the torchscript"
-    )
+    told = f"protocol {first['protocol']['id']}: Frechet distance (FD) of the torchscript features of 6 images, 8 bits, to those of 40 "
+    assert text.splitlines()[-1].startswith(told)
+    assert "KID" not in text, "statistics without features give none"
 
 
 def test_whole_batches_are_shared_out_in_order():
@@ -229,6 +350,8 @@ def test_whole_batches_are_shared_out_in_order():
         ("evaluate.frechet_samples=1", "evaluate.frechet_samples is 1: a covariance needs two or more"),
         ("evaluate.reference=no/images", "evaluate.reference: no such file or folder: no/images"),
         ("evaluate.reference=no.npz", "evaluate.reference: no such file: "),
+        ("evaluate.kid_reference=no/images", "evaluate.kid_reference: no such file or folder: no/images"),
+        ("evaluate.kid_reference=no.npz", "evaluate.kid_reference: no such file: "),
         ("evaluate.dense=[ddim]", "evaluate.dense: 'ddim' is not SCHEDULER:STEPS, e.g. ddim:25; schedulers are ddpm, ddim"),
         ("evaluate.dense=[magic:3]", "evaluate.dense: 'magic:3' is not SCHEDULER:STEPS"),
         ("evaluate.dense=['ddim:0']", "evaluate.dense: 'ddim:0' is not SCHEDULER:STEPS"),
@@ -251,6 +374,13 @@ def test_statistics_of_another_extractor_are_refused(home):
     done = command(home, "--set", f"evaluate.reference={home}/other.npz")
     assert done.exit_code == 2
     assert "other.npz is of 64 features, but evaluate.extractor torchscript has 12: give the statistics of this extractor" in done.stderr
+
+
+def test_statistics_without_features_give_no_kernel_distance(home):
+    done = command(home, "--set", f"evaluate.kid_reference={home}/statistics.npz:both")
+    assert done.exit_code == 2
+    assert "evaluate.kid_reference: " in done.stderr
+    assert "statistics.npz:both holds no features, of which a kernel distance is made: give images, or statistics with" in done.stderr
 
 
 def test_a_row_that_is_none_and_a_version_that_is_not_there_are_refused(home):

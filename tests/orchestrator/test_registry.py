@@ -33,11 +33,12 @@ FILES = {"config.json": b"{}\n", WEIGHTS: bytes(range(256)) * 40, "scheduler/sch
 
 
 def make_manifest(fingerprint: str = "run-a", ratio: float = 0.5) -> MixtureManifest:
+    """Of a run that searched with a seed of its own."""
     cost = Cost(macs=100, params=10)
     plan = MixturePlan(
         budget=Budget("macs", ratio, "ddim", 20),
         agent="era",
-        seed=0,
+        seed=ord(fingerprint[-1]),
         partition=Partition.from_boundaries([400], 1000),
         experts=(ArchitectureSpec({"mid": 4}), ArchitectureSpec({"mid": 8})),
         shares=(0.4, 0.6),
@@ -145,6 +146,21 @@ def test_links_in_the_source_are_published_as_files(registry, source, tmp_path):
     version = registry.publish("quickstart", make_manifest(), source)
     assert not (version.path / "linked.bin").is_symlink() and (version.path / "linked.bin").read_bytes() == b"weights"
     assert registry.verify(version) == 4
+
+
+def test_the_same_plan_and_files_of_another_run_are_no_new_version_and_keep_their_results(registry, source, version):
+    first = make_manifest()
+    searched = dataclasses.replace(first.plan, search_seconds=9.0)
+    other = dataclasses.replace(
+        first, plan=searched, metrics={"macs-0.50": {"fid": 1.0}}, provenance=dataclasses.replace(first.provenance, fingerprint="run-x")
+    )
+    assert registry.publish("quickstart", other, source) == version
+    assert version.manifest().metrics == first.metrics
+    assert (
+        registry.publish("quickstart", dataclasses.replace(other, plan=dataclasses.replace(searched, agent="greedy")), source).number == 2
+    )
+    (source / "first_stage.bin").write_bytes(b"one more file that is published with it")
+    assert registry.publish("quickstart", other, source).number == 3
 
 
 def test_a_removed_versions_number_is_not_used_again_while_its_empty_folder_stays(registry, source, version):

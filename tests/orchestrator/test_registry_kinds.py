@@ -414,7 +414,7 @@ def test_a_version_in_a_bucket_is_blobs_and_one_small_object(tmp_path, s3):
 def test_a_store_that_ignores_conditions_is_refused(tmp_path, s3):
     shelf = Shelf("s3", tmp_path, s3)
     s3.ignores_conditions = True
-    with pytest.raises(RunFailed, match="the store ignores If-None-Match, so publishers could overwrite each other: nothing was published"):
+    with pytest.raises(RunFailed, match="the store ignores If-None-Match, so two writers could overwrite each other: nothing was written"):
         shelf.publish("run-a")
     assert set(shelf.state()) == {".conditional"}
 

@@ -84,7 +84,9 @@ def test_the_table_that_was_used_is_found_among_others_and_described(tmp_path: P
     (cache / "latency-1.json").write_text("{ damaged")
     table(20.0).save(cache / "latency-2.json")
     text = text_of(report.build(prepared))
-    assert "latency-2.json: Fast GPU, float16, batch 8, compiled blocks; prediction error 1.2% (median), 3.4% (95th percentile)" in text
+    assert (
+        "latency-2.json: Fast GPU, float16, batch 8, with compiled blocks; prediction error 1.2% (median), 3.4% (95th percentile)" in text
+    )
     assert "for a batch of 8 in float16 on Fast GPU" in text
     (cache / "latency-2.json").unlink()
     assert "latency table:" not in (gone := text_of(report.build(prepared)))
@@ -122,6 +124,26 @@ def test_memory_and_the_counts_of_the_exported_models_are_shown_where_they_were_
     assert columns["memory", "peak, MiB"].text(1) == "101"
     assert columns["GMACs", "exported"].text(1) == "0.400"
     assert columns["parameters", "exported, M"].text(1) == "7.00"
+
+
+def test_what_a_mixtures_training_took_is_shown_where_it_is_known(tmp_path: Path) -> None:
+    prepared = finished_run(tmp_path, budgets=(0.5,))
+    assert "trained" not in {column.title for column in report.cost_columns(evidence.gather(prepared))}
+    assert "Trained counts" not in text_of(report.build(prepared))
+    [done] = prepared.store.folder.glob("publish-*/done.json")
+    record = json.loads(done.read_text())
+    for label, images in (("macs-0.50", 512000), ("macs-0.50 cut only", 0)):
+        record["result"]["metrics"][label] |= {"trained_images": images, "trainer_seconds": images / 1000}
+    done.write_text(json.dumps(record))
+    e = evidence.gather(prepared)
+    columns = {c.unit: [c.text(i) for i in range(len(e.measured))] for c in report.cost_columns(e) if c.title == "trained"}
+    assert dict(zip((m.name for m in e.measured), zip(*columns.values(), strict=True), strict=True)) == {
+        "dense": ("", ""),
+        "50% mixture": ("512,000", "512"),
+        "50% uniform": ("", ""),
+        "50% cut only": ("0", "0"),
+    }
+    assert "Trained counts all experts of a row, the elastic ones included" in text_of(report.build(prepared))
 
 
 # --- the dense model with fewer steps, and distances --------------------------------------------------------------------

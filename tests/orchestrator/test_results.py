@@ -58,13 +58,19 @@ def run_folder(
     model: list[str] = MODEL,
     job: dict[str, Any] | None = None,
     seed: int = 0,
+    agent: str = "era",
 ) -> Path:
-    """A run that published ``metrics``; ``job``: settings beside name and seed."""
+    """A run that published ``metrics``; ``job``: settings beside name and seed; ``agent``: who found its plans."""
     store = RunStore(folder)
     store.claim({"name": folder.name, "model.path": model, "data.path": ["images", "b" * 64]})
     cuts = Partition.from_boundaries([1000 * k // experts for k in range(1, experts)], 1000)
-    fingerprints = {"partition": "1" * 64, "finetune": "2" * 64, "publish": "3" * 64}
-    for stage, result in {"partition": {"partition": cuts.to_json()}, "publish": {"metrics": metrics}}.items():
+    fingerprints = {"partition": "1" * 64, "route": "5" * 64, "finetune": "2" * 64, "publish": "3" * 64}
+    made = {
+        "partition": {"partition": cuts.to_json()},
+        "route": {"chosen": {"macs-0.50": {"agent": agent}}},
+        "publish": {"metrics": metrics, "mixtures": "2" * 64},
+    }
+    for stage, result in made.items():
         store.stage_folder(stage, fingerprints[stage]).mkdir()
         store.finish(stage, fingerprints[stage], result, 0.0, 1.0)
     write_json(folder / "progress.json", {"fingerprints": fingerprints})
@@ -116,7 +122,7 @@ def test_times_of_another_device_are_left_out_and_its_quality_is_not(two, tmp_pa
     ]
     text = results.text(found)
     assert f"times: on {GPU}, a batch of 8 in float32, not compiled; those of there ({CPU}) and older (not named) are left out" in text
-    assert "| there | macs-0.50 | 3 | ddim:50 | 50% |  |  | 5.50 |" in results.markdown(found)
+    assert "| there | macs-0.50 | 3 | era | ddim:50 | 50% |  |  | 5.50 |" in results.markdown(found)
     assert figures_quality.pareto_of_runs(found).startswith(b"\x89PNG")
 
 
@@ -151,13 +157,16 @@ def test_runs_say_on_how_many_images_their_experts_were_trained(tmp_path):
 
 def test_the_markdown_says_under_what_it_holds_and_how_its_runs_are_made(two):
     lines = results.markdown(collected(*two)).splitlines()
-    assert lines[0] == "| run |  | K | sampler | MACs/step | time | ms/step | FD | KID | MSE to dense |"
-    assert lines[5] == "| k3 | macs-0.50 | 3 | ddim:50 | 50% | 60% | 6.00 | 5.00 | 0.00500 | 0.0500 |"
-    assert lines[6].startswith("|  | dense |  | ddim:50 | 100% | 100% | 10.0 | 4.00 |")
+    assert lines[0] == "| run |  | K | agent | sampler | MACs/step | time | ms/step | FD | KID | MSE to dense |"
+    assert lines[1] == "| :-- | :-- | --: | :-- | :-- | --: | --: | --: | --: | --: | --: |"
+    assert lines[5] == "| k3 | macs-0.50 | 3 | era | ddim:50 | 50% | 60% | 6.00 | 5.00 | 0.00500 | 0.0500 |"
+    assert lines[6].startswith("|  | dense |  |  | ddim:50 | 100% | 100% | 10.0 | 4.00 |")
     assert f"- k1: `diffpruning run jobs/small.yaml --set name=k1`, measured at commit {'c' * 40}" in lines
     assert any(line.startswith("protocol ") for line in lines)
     cells = results.text(collected(two[0])).splitlines()
-    assert cells[0].split() == ["K", "sampler", "MACs/step", "time", "ms/step", "FD", "KID", "MSE", "to", "dense"], "one run needs no name"
+    assert cells[0].split() == ["K", "agent", "sampler", "MACs/step", "time", "ms/step", "FD", "KID", "MSE", "to", "dense"], (
+        "one run needs no name"
+    )
 
 
 def test_another_sampler_is_compared_by_all_steps_but_not_by_an_error_paired_with_another_dense(two, tmp_path):
@@ -182,8 +191,8 @@ def test_evaluate_adds_rows_of_the_same_mixtures_and_protocol_and_replaces_none(
     (folder / "evaluation").mkdir()
     mine = ["dense", "dense ddim:20", "macs-0.50"]
     assert labels("2" * 64) == [*mine, "dense ddim:10", "other:1"]
-    assert labels("4" * 64) == [*mine, "dense ddim:10"]
-    assert [r["experts"] for r in collected(folder)["rows"] if r["label"] == "other:1"] == []
+    assert labels("4" * 64) == [*mine, "dense ddim:10", "other:1"], "a version never changes"
+    assert [r["experts"] for r in collected(folder)["rows"] if r["label"] == "other:1"] == [[]]
     rows |= {"dense": dense(frechet=None), "dense ddim:10": row(10.0, None, "ddim:10")}
     assert labels("2" * 64) == [*mine, "other:1"]
     (folder / "publish-33333333" / "done.json").unlink()
@@ -194,12 +203,83 @@ def test_evaluate_adds_rows_of_the_same_mixtures_and_protocol_and_replaces_none(
     assert list(results.load(folder).rows) == ["dense", "dense ddim:10"], "whose mixtures these are is not said"
 
 
+def test_what_was_published_holds_where_only_the_evaluation_has_changed_since(two):
+    """`evaluate` with one more row of dense is another publish stage, which was never run."""
+    folder, rows = two[0], {"dense": dense(), "dense ddim:10": row(10.0, 20.0, "ddim:10")}
+    before = list(results.load(folder).rows)
+
+    def moved(**fingerprints: str) -> results.Run:
+        old = {"partition": "1" * 64, "route": "5" * 64, "finetune": "2" * 64, "publish": "9" * 64}
+        write_json(folder / "progress.json", {"fingerprints": {**old, **fingerprints}})
+        return results.load(folder)
+
+    assert list(moved().rows) == before, "evaluate was killed"
+    (folder / "evaluation").mkdir()
+    write_json(folder / results.TABLE, {"mixtures": "2" * 64, "rows": rows})
+    assert sorted(moved().rows) == sorted([*before, "dense ddim:10"])
+    assert moved().left_out == []
+    assert "macs-0.50" in [r["label"] for r in collected(folder)["rows"]]
+    assert list(moved(finetune="8" * 64).rows) == ["dense", "dense ddim:10"], "other mixtures"
+
+
+def test_rows_of_another_protocol_or_number_of_samples_are_named_and_left_out(two):
+    folder = two[0]
+    fingerprints = {"partition": "1" * 64, "finetune": "2" * 64, "publish": "9" * 64}
+    write_json(folder / "progress.json", {"fingerprints": fingerprints})
+    (folder / "evaluation").mkdir()
+    for other in (dense(frechet=None), {**dense(), "samples": 4}, dense(batch=64)):
+        write_json(folder / results.TABLE, {"mixtures": "2" * 64, "rows": {"dense": other}})
+        assert (list(results.load(folder).rows), results.load(folder).left_out) == (["dense"], ["dense ddim:20", "macs-0.50"])
+        told = "left out of k3, as measured under another protocol, timing or number of samples than dense: dense ddim:20 and macs-0.50"
+        assert told in results.text(collected(folder)).splitlines()
+
+
+def test_every_row_says_who_found_its_plan(two, tmp_path):
+    named = run_folder(tmp_path / "named", {"dense": dense(), "macs-0.50": {**row(6.0, 5.0), "agent": "greedy"}})
+    labels = {"macs-0.50 uniform": row(5.0, 9.0), "macs-0.50 cut only": row(5.0, 80.0), "other:1": {**row(4.0, 9.0), "agent": "knapsack"}}
+    found = collected(run_folder(tmp_path / "a", {"dense": dense(), "macs-0.50": row(6.0, 5.0), **labels}), named)
+    assert {(r["run"], r["label"]): r["agents"] for r in found["rows"]} == {
+        ("", "dense"): [],
+        ("a", "macs-0.50"): ["era"],
+        ("a", "macs-0.50 uniform"): ["uniform"],
+        ("a", "macs-0.50 cut only"): ["uniform"],
+        ("a", "other:1"): ["knapsack"],
+        ("named", "macs-0.50"): ["greedy"],
+    }
+    seeds = [
+        run_folder(tmp_path / f"s{s}", {"dense": dense(seed=s), "macs-0.50": row(6.0, 5.0, seed=s)}, seed=s, agent=agent)
+        for s, agent in enumerate(("greedy", "era"))
+    ]
+    assert "| era, greedy |" in results.markdown(collected(*seeds, group=True))
+
+
+def test_more_columns_stand_there_when_they_are_asked_for(tmp_path):
+    def measured(batch: int, **more: Any) -> dict[str, Any]:
+        drawn = {"drawn": {"batch": batch, "compiled": False}, "ms_per_image": 12.5, "peak_memory_mib": 1234.0, "trainer_seconds": 99.6}
+        return {**row(6.0, 5.0), **drawn, "trained_images": 640, **more}
+
+    rows = {"dense": {**dense(), "drawn": {"batch": 8, "compiled": False}}, "macs-0.50": measured(8), "macs-0.40": measured(64)}
+    found = collected(run_folder(tmp_path / "wide", {**rows, "macs-0.50 uniform": measured(8, paired_lpips=0.25)}))
+    assert {r["label"]: (r["ms_per_image"], r["peak_memory_mib"], r["paired_lpips"]) for r in found["rows"] if r["label"] != "dense"} == {
+        "macs-0.50": (12.5, 1234.0, None),
+        "macs-0.40": (None, 1234.0, None),
+        "macs-0.50 uniform": (12.5, 1234.0, 0.25),
+    }, "the time of an image in another batch is left out"
+    head, *_ = results.markdown(found, more=True).splitlines()
+    assert head.endswith("| MSE to dense | trained on | LPIPS to dense | ms/image | peak MiB | trainer s |")
+    assert "| 0.250 | 12.5 | 1,234 | 100 |" in results.markdown(found, more=True)
+    assert "ms/image" not in results.markdown(found)
+    done = diffpruning("results", tmp_path / "wide", "--all-columns")
+    assert done.stdout == results.text(found, more=True) + "\n"
+    assert "trainer s: of all their trainers together." in done.stdout
+
+
 def test_numbers_that_were_not_measured_or_are_none_stay_empty(tmp_path):
     broken = {"dense": dense(frechet=None), "macs-0.50": {**row(6.0, None), "paired_mse": float("nan")}}
     found = collected(run_folder(tmp_path / "broken", broken))
     assert found["rows"][0]["paired_mse"] is None
     assert json.dumps(found, allow_nan=False)
-    assert results.markdown(found).startswith("|  | K | sampler | MACs/step | time | ms/step | MSE to dense |\n")
+    assert results.markdown(found).startswith("|  | K | agent | sampler | MACs/step | time | ms/step | MSE to dense |\n")
 
 
 # --- seeds --------------------------------------------------------------------------------------------------------------
@@ -225,7 +305,7 @@ def test_runs_that_differ_in_seed_alone_become_mean_and_spread(tmp_path):
     assert (mixture["n"], mixture["runs"], mixture["experts"]) == (3, ["s0", "s1", "s2"], [2, 3])
     assert (mixture["frechet"], mixture["std"]["frechet"]) == (pytest.approx(19 / 3), pytest.approx(stdev([5.0, 6.0, 8.0])))
     assert (whole["label"], whole["n"], whole["frechet"], whole["std"]["frechet"]) == ("dense", 3, 5.0, 1.0)
-    assert "| 2, 3 | ddim:50 | 3 | 50% \N{PLUS-MINUS SIGN} 0% | 60% " in results.markdown(found)
+    assert "| 2, 3 | era | ddim:50 | 3 | 50% \N{PLUS-MINUS SIGN} 0% | 60% " in results.markdown(found)
     assert "6.33 \N{PLUS-MINUS SIGN} 1.53" in results.text(found)
     assert "also seeds 1 and 2" in results.text(found)
 

@@ -382,6 +382,39 @@ def test_a_disk_that_is_full_when_publishing_leaves_the_registry_whole_and_the_s
     assert tree(run.registry) == registry
 
 
+def test_one_more_row_of_dense_is_no_new_version_and_no_table_loses_the_mixtures(run):
+    registry, metrics = tree(run.registry), run.done("publish")["result"]["metrics"]
+    more = run.again("--set", "evaluate.dense=[ddim:2]")
+    assert more.exit_code == 0, more.output
+    assert stage_lines(more.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]
+    assert json.loads(more.stdout)["published"] == run.found["published"]
+    assert tree(run.registry) == registry
+    [kept] = [line for line in more.stderr.splitlines() if line.startswith("  kept small:1: macs-0.50, ")]
+    assert kept.endswith(": plan and 6 files are the same; its metrics stay those of its publication")
+    assert list(evaluated(run, "--set", "evaluate.dense=[ddim:3]", "--only", "dense ddim:3")) == ["dense", "dense ddim:3"]
+    found = json.loads(diffpruning("results", run.run, "--json").stdout)
+    rows = {(row["label"], row["sampler"]): row for row in found["rows"]}
+    mixtures = {(label, "ddim:4") for label in metrics}
+    assert set(rows) == {*mixtures, ("dense", "ddim:2"), ("dense", "ddim:3")}
+    assert found["runs"][0]["left_out"] == []
+
+
+def test_every_mixture_says_who_found_it_and_what_its_training_took(run):
+    rows, elastic = evaluated(run), run.done("specialize")["result"]["experts"]
+    for label, row in rows.items():
+        if label == "dense":
+            assert not {"agent", "trained_images", "trainer_seconds"} & set(row)
+            continue
+        budget, _, kind = label.partition(" ")
+        agent = "uniform" if kind else run.done("route")["result"]["chosen"][budget]["agent"]
+        tuned = [expert for name, expert in run.done("finetune")["result"]["experts"].items() if name.startswith(f"{label} t0")]
+        experts = [] if kind == "cut only" else [*elastic, *tuned]
+        assert row["agent"] == agent
+        assert row["trained_images"] == (0 if kind == "cut only" else 2 * (2 * 2 + 2 * 2))
+        assert row["trainer_seconds"] == pytest.approx(sum(expert["seconds"] for expert in experts))
+    assert evaluated(run, "--version", "small", "--only", "small:1")["small:1"]["agent"] == run.manifest["plan"]["agent"]
+
+
 def test_how_much_errors_count_is_measured_once_and_kept(run):
     [record] = run.run.glob("route-*/done.json")
     route = json.loads(record.read_text())["result"]

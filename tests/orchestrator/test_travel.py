@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from orchestrator import travel
 from orchestrator.cli import main
-from orchestrator.config import BUNDLED, load_job
+from orchestrator.config import load_job
+from orchestrator.job_file import BUNDLED
 from workers.contracts import InputError
 
 SHARED = ["storage.path=/mnt/shared/runs", "registry.path=/mnt/shared/registry"]
@@ -73,6 +74,8 @@ def test_paths_of_the_cluster_are_left_as_they_are(parcel):
     assert arrived["evaluate"]["reference"] == "/mnt/shared/stats.npz:test"
     assert arrived["evaluate"]["lpips"] == "mine.module:distance"
     assert not (parcel / "jobs").exists()
+    stored = travel.pack("quickstart", ["storage.path=s3://bucket/runs?region=here", SHARED[1]], parcel)
+    assert stored.run_folder == "s3://bucket/runs/quickstart?region=here"
     travel.pack("quickstart", [*SHARED, "data.path=hf://datasets/me/mine"], parcel)
     assert yaml.safe_load((parcel / "job.yaml").read_text())["data"]["path"] == "hf://datasets/me/mine"
 
@@ -84,7 +87,10 @@ def test_paths_of_the_cluster_are_left_as_they_are(parcel):
         ([], "; registry.path is registry: a job on a cluster needs storage"),
         (SHARED[:1], "registry.path is registry: a job on a cluster needs storage that every node sees"),
         (["storage.path=~/runs", SHARED[1]], "storage.path is ~/runs: "),
-        (["storage.path=s3://bucket/runs", SHARED[1]], "run folders lie on a file system that every node mounts"),
+        (
+            ["storage.path=s3://bucket/runs", "storage.scratch=here", SHARED[1]],
+            "storage.scratch is here: on a cluster give an absolute path",
+        ),
         ([*SHARED, "data.path=images"], "data.path is images: only code and bundled files travel with a job"),
         ([*SHARED, "data.path=pictures/train-*.parquet"], "data.path is pictures/train-*.parquet: only code"),
         ([*SHARED, "model.path=./model"], "model.path is model: only code and bundled files travel"),

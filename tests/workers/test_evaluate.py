@@ -104,26 +104,26 @@ def row(shards: tuple[EvaluateTask, ...], out: Path, **more) -> dict:
     return json.loads(out.read_text())
 
 
-def test_four_shards_equal_one(with_features, tmp_path):
-    """Rows, samples and seeds of features are shared out; those of features in whole batches, of which there are three."""
+def test_four_shards_equal_one_bit_for_bit(with_features, tmp_path):
+    """Rows, samples and seeds of features are shared out in whole batches, of which there are two, two and three."""
     Statistics.of(np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)).save(tmp_path / "reference.npz")
     shards = [
         dataclasses.replace(
             with_features,
-            rows=with_features.rows[2 * i : 2 * i + 2],
-            noise_seeds=with_features.noise_seeds[2 * i : 2 * i + 2],
+            rows=with_features.rows[4 * i : 4 * i + 4],
+            noise_seeds=with_features.noise_seeds[4 * i : 4 * i + 4],
             frechet_seeds=with_features.frechet_seeds[4 * i : 4 * i + 4],
             out=str(tmp_path / f"four.{i}of4-4.npz"),
         )
         for i in range(4)
     ]
-    reference = str(tmp_path / "reference.npz")
-    one = row((dataclasses.replace(with_features, out=str(tmp_path / "whole.npz")),), tmp_path / "one.json", reference=reference)
-    four = row(tuple(shards), tmp_path / "four.json", reference=reference)
-    assert four["denoising_loss"] == pytest.approx(one["denoising_loss"], rel=1e-6)
-    for key in ("frechet", "kid", "kid_std"):
-        assert four[key] == pytest.approx(one[key], rel=1e-12), "the same images are drawn together"
-    np.testing.assert_allclose(np.load(tmp_path / "four.npz")["samples"], np.load(tmp_path / "one.npz")["samples"], atol=1e-5)
+    references = dict.fromkeys(("reference", "kid_reference"), str(tmp_path / "reference.npz"))
+    one = row((dataclasses.replace(with_features, out=str(tmp_path / "whole.npz")),), tmp_path / "one.json", **references)
+    four = row(tuple(shards), tmp_path / "four.json", **references)
+    for key in ("denoising_loss", "paired_mse", "frechet", "kid", "kid_std", "drawn"):
+        assert four[key] == one[key], "the same images are drawn together"
+    assert one["drawn"] == {"batch": 4, "compiled": False}
+    np.testing.assert_array_equal(np.load(tmp_path / "four.npz")["samples"], np.load(tmp_path / "one.npz")["samples"])
     assert not list(tmp_path.glob("four.?of4-4.npz")), "shards are of no use once the row is there"
 
 
@@ -246,9 +246,54 @@ def test_what_fills_the_last_batch_up_is_thrown_away(task, emoji):
     torch.testing.assert_close(torch.cat(drawn[True]), torch.cat(drawn[False]), atol=1e-5, rtol=0)
 
 
-def test_the_speed_leaves_out_the_batch_that_warms_up():
-    assert evaluate.speed(np.array([[4, 100.0], [4, 1.0], [2, 0.5]])) == {"images_per_s": 4.0, "ms_per_image": 250.0}
-    assert evaluate.speed(np.array([[4, 2.0]])) == {"images_per_s": 2.0, "ms_per_image": 500.0}
+def test_the_speed_is_that_of_whole_batches_without_the_one_that_warms_up_each_shard():
+    first, last, warmed = np.array([[4, 100.0], [4, 1.0], [2, 9.0]]), np.array([[4, 50.0], [4, 3.0]]), np.array([[4, 2.0]])
+    assert evaluate.speed([first]) == {"images_per_s": 4.0, "ms_per_image": 250.0}
+    assert evaluate.speed([first, last, np.zeros((0, 2))]) == {"images_per_s": 2.0, "ms_per_image": 500.0}
+    assert evaluate.speed([warmed]) == {"images_per_s": 2.0, "ms_per_image": 500.0}, "all that there is"
+    assert evaluate.speed([np.array([[2, 8.0]]), warmed]) == {"images_per_s": 2.0, "ms_per_image": 500.0}
+
+
+def test_a_batch_is_drawn_before_only_where_none_could_be_timed_after_it():
+    assert evaluate.lone_batch([range(3), range(10, 14)], 4) == range(10, 14)
+    assert evaluate.lone_batch([range(6)], 4) == range(4)
+    assert evaluate.lone_batch([range(4), range(8)], 4) == ()
+    assert evaluate.lone_batch([(), ()], 4) == ()
+
+
+def test_a_lone_batch_is_warmed_up_by_one_that_is_thrown_away(tiny, tmp_path, monkeypatch):
+    """Where warming up takes long: with compiled blocks here, and on every GPU."""
+    torch._dynamo.reset()
+    drawn, draw = [], Surroundings.draw
+
+    def spy(self, model, sampler, seeds, *arguments, **more):
+        drawn.append(tuple(seeds))
+        return draw(self, model, sampler, seeds, *arguments, **more)
+
+    monkeypatch.setattr(Surroundings, "draw", spy)
+    monkeypatch.setattr(tasks_evaluate, "_compiler", lambda: RegionCompiler("eager"))
+    for compiled, seeds, expected in (
+        (True, (1, 2), [(1, 2), (1, 2)]),
+        (True, (1, 2, 3, 4), [(), (1, 2, 3, 4)]),
+        (False, (1, 2), [(1, 2)]),
+    ):
+        drawn.clear()
+        told: list[int] = []
+        session = Session(on_progress=lambda event, told=told: told.append(event.step))
+        task = dataclasses.replace(tiny, noise_seeds=seeds, compiled=compiled, out=str(tmp_path / f"{compiled}{len(seeds)}.npz"))
+        found = np.load(evaluate_shard(session, task))
+        assert drawn == expected
+        assert found["batches"][:, 0].tolist() == [2] * (len(seeds) // 2)
+        assert told == [0, *range(2, len(seeds) + 1, 2)], "what is thrown away is no progress"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_in_bfloat16_four_shards_draw_the_bits_of_one(tiny, tmp_path):
+    whole = dataclasses.replace(tiny, noise_seeds=tuple(range(8)), device="cuda", dtype="bfloat16", out=str(tmp_path / "whole.npz"))
+    parts = [dataclasses.replace(whole, noise_seeds=tuple(range(i, i + 2)), out=str(tmp_path / f"{i}.npz")) for i in range(0, 8, 2)]
+    found = [np.load(evaluate_shard(Session(device="cuda"), task))["samples"] for task in (whole, *parts)]
+    np.testing.assert_array_equal(np.concatenate(found[1:]), found[0])
 
 
 def test_a_perceptual_distance_is_the_mean_over_pairs(tmp_path, monkeypatch):
@@ -260,6 +305,7 @@ def test_a_perceptual_distance_is_the_mean_over_pairs(tmp_path, monkeypatch):
     a, b = np.zeros((5, 1, 4, 4), np.float32), np.zeros((5, 1, 4, 4), np.float32)
     a[2, 0, 1, 1] = 0.5
     assert evaluate.lpips("perceptual:Far", a, b, "cpu", batch=2) == pytest.approx(0.1)
+    assert evaluate.lpips_digest("perceptual:Far") == evaluate.lpips_digest("perceptual:Far")
     for spec, told in (("perceptual:odd", "gave a int"), ("perceptual:no", "cannot be imported"), ("perceptual", "cannot be imported")):
         with pytest.raises(InputError, match=rf"evaluate\.lpips: {spec} {told}"):
             evaluate.load_lpips(spec)

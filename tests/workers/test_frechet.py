@@ -85,6 +85,13 @@ def test_statistics_are_saved_and_read_with_and_without_a_prefix(sets, tmp_path)
     assert frechet_distance(test, train) == pytest.approx(12)
 
 
+def test_features_have_a_digest_of_their_own(sets):
+    made = Statistics.of(sets[0])
+    other = Statistics(made.mean, made.cov, made.n, made.features[::-1])
+    assert (other.digest, Statistics(made.mean, made.cov, made.n).features_digest) == (made.digest, "")
+    assert len({made.features_digest, other.features_digest, ""}) == 3
+
+
 def test_what_names_statistics_and_what_names_images():
     assert [is_statistics(name) for name in ("a.npz", "a/b.npz:test", "images", "a.parquet", "hf://datasets/a/b")] == [True] * 2 + [
         False

@@ -10,7 +10,7 @@ import torch
 from workers import conditioning
 from workers.contracts import Partition
 from workers.families import unet2d
-from workers.influence import LEAST, MOST, Probe, influences, moved
+from workers.influence import ERROR, LEAST, MOST, Probe, influences, level_of_error, moved
 
 
 @pytest.fixture
@@ -88,5 +88,14 @@ def test_influence_is_distance_per_error_and_step_with_mean_one():
 def test_influence_is_bounded_and_one_where_nothing_moves():
     found = influences([1.0, 1e-9], errors=[1.0, 1.0], shares=[0.5, 0.5])
     assert found[1] / found[0] == pytest.approx(LEAST / 2)
-    assert max(influences([1.0] * 20 + [1e6], [1.0] * 21, [1 / 21] * 21)) <= MOST * 2
+    assert max(influences([1.0] * 20 + [1e6], [1.0] * 21, [1 / 21] * 21)) <= MOST / LEAST
     assert influences([0.0, None], [1.0, 1.0], [0.5, 0.5]) == (1.0, 1.0)
+
+
+def test_the_sub_network_of_a_wanted_error_is_found_between_narrowest_and_dense():
+    def error(level: float) -> float:
+        return 0.4 * (2 - level) ** 2
+
+    assert error(level_of_error(error)) == pytest.approx(ERROR, rel=0.1)
+    assert level_of_error(lambda level: 0.0) == 0
+    assert level_of_error(lambda level: 1.0) > 1.9

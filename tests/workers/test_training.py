@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from workers import conditioning, data, dense_error, families, tasks, training
-from workers.contracts import ElasticSettings, ExpertTask, ImageTask, Interval, RunFailed, TrainSettings
+from workers.contracts import ArchitectureSpec, ElasticSettings, ExpertTask, ImageTask, Interval, RunFailed, TrainSettings
+from workers.cost import CostTable, cost_table
 from workers.diffusion import NoiseSchedule
-from workers.elastic import ElasticDenoiser
+from workers.elastic import ElasticDenoiser, extract
 from workers.samples import open_samples
 from workers.session import Session
-from workers.trainer import Batch, Taught, Trainer, expert_loss, learning_rate
+from workers.trainer import Batch, Taught, Trainer, expert_loss, learning_rate, teachable
 
 SETTINGS = TrainSettings(
     steps=6,
@@ -259,7 +260,7 @@ def test_two_half_batches_add_up_to_the_gradient_of_the_whole(emoji):
     schedule, settings = NoiseSchedule(families.load_scheduler_config(emoji)), dataclasses.replace(SETTINGS, feature_weight=0.0)
     trainer = Trainer.of(accelerator, elastic, teacher, names, schedule, settings)
     whole = Batch(torch.randn(4, 3, 16, 16), torch.tensor([5, 300, 600, 900]), torch.randn(4, 3, 16, 16), {})
-    networks, found = training.sandwich(elastic.space, 1, 7)(0), []
+    networks, found = [elastic.space.narrowest, None], []
     for parts in (1, 2):
         for clean, timesteps, noise in zip(*(tensor.chunk(parts) for tensor in whole[:3]), strict=True):
             trainer.accumulate(Batch(clean, timesteps, noise, {}), networks, parts)
@@ -277,24 +278,61 @@ def test_learning_rate_is_a_pure_function_that_warms_up_and_ends_near_zero():
     assert rates[-1] < 1e-5
 
 
-def test_all_ranks_and_all_reruns_train_the_same_sub_networks():
+def tiny_table() -> CostTable:
     model = families.family("unet2d").tiny()
-    elastic = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
-    first, again = training.sandwich(elastic.space, 2, 7), training.sandwich(elastic.space, 2, 7)
+    return cost_table(dict(model.config) | {"_class_name": "UNet2DModel"}, ElasticSettings(8, True, "taylor"))
+
+
+def test_all_ranks_and_all_reruns_train_the_same_sub_networks():
+    table = tiny_table()
+    first, again = training.sandwich(table, (0.3, 1.0), 2, 7), training.sandwich(table, (0.3, 1.0), 2, 7)
     assert [first(step) for step in (0, 3, 1)] == [again(step) for step in (0, 3, 1)]
     assert first(0) != first(1)
-    assert [first(step)[-1] for step in range(3)] == [elastic.space.narrowest, None, elastic.space.narrowest]
+    assert [first(step)[-1] for step in range(3)] == [first.ends[0], None, first.ends[0]]
 
 
 def test_a_pool_is_all_that_random_sub_networks_are_drawn_from():
-    model = families.family("unet2d").tiny()
-    space = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor"))).space
-    networks = training.sandwich(space, 2, 7, pool=5)
+    table = tiny_table()
+    networks = training.sandwich(table, (0.3, 1.0), 2, 7, pool=5)
     drawn = {spec for step in range(40) for spec in networks(step)[:-1]}
     assert drawn == set(networks.pool)
     assert len(networks.pool) == 5
-    assert set(networks.repeated) == drawn | {space.narrowest, None}
-    assert networks(3) == training.sandwich(space, 2, 7, pool=5)(3)
+    assert set(networks.repeated) == drawn | {networks.ends[0], None}
+    assert networks(3) == training.sandwich(table, (0.3, 1.0), 2, 7, pool=5)(3)
+
+
+def test_sub_networks_cost_what_was_asked_for_small_ones_as_often_as_large_ones():
+    table = tiny_table()
+    networks = training.sandwich(table, (0.4, 0.8), 3, 7)
+    costs = [table.cost(spec).macs / table.dense.macs for step in range(100) for spec in networks(step)[:-1]]
+    assert max(costs) <= 0.8
+    assert 0.3 < min(costs) < 0.45
+    assert abs(sum(cost < (0.4 * 0.8) ** 0.5 for cost in costs) / len(costs) - 0.5) < 0.15
+    small, large = (table.cost(spec).macs / table.dense.macs for spec in networks.ends)
+    assert small <= 0.4 < large <= 0.8
+
+
+def test_a_level_without_a_branch_teaches_nothing():
+    kept = {"down_blocks.0.resnets.0": 2, "down_blocks.1.resnets.0": 0, "down_blocks.1.attentions.0": 0, "mid_block.resnets.0": 1}
+    levels = ["down_blocks.0", "down_blocks.1", "mid_block"]
+    assert teachable(levels, ArchitectureSpec(kept)) == ["down_blocks.0", "mid_block"]
+
+
+def test_distilling_a_sub_network_is_distilling_its_extracted_self(emoji):
+    """Also of the features: both learn those of the same levels."""
+    config, model = families.load_config(emoji), families.load_denoiser(emoji)
+    elastic = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor")))
+    gone = ("down_blocks.2", "mid")
+    spec = ArchitectureSpec({site: 0 if site.startswith(gone) else kept for site, kept in elastic.space.dense.choices.items()})
+    names, schedule = families.family_of_config(config).features(model), NoiseSchedule(families.load_scheduler_config(emoji))
+    batch = Batch(torch.randn(2, 3, 32, 32), torch.tensor([5, 600]), torch.randn(2, 3, 32, 32), {})
+    small = ElasticDenoiser(extract(model, elastic.branches, spec), ())
+    losses = []
+    for network, levels, asked in ((elastic, names, spec), (small, teachable(names, spec), None)):
+        trainer = Trainer.of(Accelerator(cpu=True), network, families.load_denoiser(emoji), levels, schedule, SETTINGS)
+        losses.append(float(trainer.accumulate(batch, [asked])))
+    assert len(teachable(names, spec)) < len(names)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_random_networks_span_small_and_large_and_are_legal():
@@ -327,7 +365,7 @@ def steps_of(emoji: Path, device: str, settings: TrainSettings, capture: bool, c
     elastic = ElasticDenoiser(model, families.family("unet2d").sites(model, ElasticSettings(8, True, "taylor"))).to(device)
     names, schedule = families.family("unet2d").features(model), NoiseSchedule(families.load_scheduler_config(emoji))
     trainer = Trainer.of(Accelerator(cpu=device == "cpu"), elastic, teacher.to(device), names, schedule, settings)
-    networks, losses = training.sandwich(elastic.space, 2, 7, pool=3), []
+    networks, losses = training.sandwich(tiny_table(), (0.3, 1.0), 2, 7, pool=3), []
     for step in range(count):
         gen = torch.Generator().manual_seed(step)
         clean, noise = (torch.randn(4, 3, 16, 16, generator=gen).to(device) for _ in range(2))

@@ -98,7 +98,7 @@ def load(ref: ExtractorRef, device: str = "cpu") -> Extractor:
     if not isinstance(network, nn.Module):
         raise InputError(f"evaluate.extractor: {ref.name} gave a {type(network).__name__}, not a torch.nn.Module")
     size = getattr(network, "input_size", size)
-    return Extractor(network.eval().to(device), size, resize if size else "none", _digest(ref.name, weights, network))
+    return Extractor(network.eval().to(device), size, resize if size else "none", digest(ref.name, weights, network))
 
 
 def imported(name: str, key: str) -> Callable[..., Any]:
@@ -110,16 +110,17 @@ def imported(name: str, key: str) -> Callable[..., Any]:
         raise InputError(f"{key}: {name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def _digest(name: str, weights: Path | None, network: nn.Module) -> str:
-    digest = hashlib.sha256(name.encode())
+def digest(name: str, weights: Path | None, network: nn.Module) -> str:
+    """sha256 (hex) of a name, and of a file of weights or else of the network's own."""
+    found = hashlib.sha256(name.encode())
     if weights is not None:
         with weights.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            found.update(hashlib.file_digest(file, "sha256").digest())
     else:
         for key, tensor in sorted(network.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            found.update(key.encode())
+            found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
