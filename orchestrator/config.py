@@ -139,9 +139,10 @@ class Training(Section):
 class Specialize(Training):
     steps: int = Field(2000, ge=0, description="Optimiser steps per elastic expert; 0: sub-networks are cut from the pretrained weights.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
-    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside a small and a large one, which take turns.")
+    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside the largest or narrowest, which take turns.")
     costs: tuple[Fraction, Fraction] = Field(
-        (0.2, 1.0), description="The cheapest and the dearest that are trained, as parts of dense's MACs: about what experts will be given."
+        (0.2, 1.0),
+        description="What random sub-networks cost at least and at most, as parts of dense's MACs: about what experts will be given.",
     )
     network_pool: int = Field(0, ge=0, description="Draw them from so many, which GPUs replay as CUDA graphs; 0: new ones in every step.")
     importance_images: Count = Field(64, description="Images behind the channel importance.")

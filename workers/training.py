@@ -22,7 +22,6 @@ from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Pr
 from workers.cost import CostTable
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator
 from workers.elastic import ElasticDenoiser
-from workers.routers.uniform import at_level
 from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.trainer import Batch, Trainer
@@ -43,23 +42,18 @@ def network_of_cost(table: CostTable, target: float, rng: random.Random) -> Arch
         ranks = {s.name: min(1.0, max(0.0, size + shift[s.name])) * (len(s.choices) - 1) for s in table.space.sites}
         return ArchitectureSpec({s.name: s.choices[round(ranks[s.name])] for s in table.space.sites})
 
-    return _largest(table, target, sized, -0.3, 1.3)
-
-
-def _largest(table: CostTable, target: float, plan_at: Callable[[float], ArchitectureSpec], low: float, high: float) -> ArchitectureSpec:
-    """``plan_at`` the greatest argument in [low, high] at which it costs no more than ``target`` of dense's MACs, by bisection."""
+    low, high = -0.3, 1.3
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (middle, high) if table.cost(plan_at(middle)).macs <= target * table.dense.macs else (low, middle)
-    return plan_at(low)
+        low, high = (middle, high) if table.cost(sized(middle)).macs <= target * table.dense.macs else (low, middle)
+    return sized(low)
 
 
 @dataclass(frozen=True)
 class Networks:
     """Which sub-networks a step trains: ``count`` random ones, and one of the ``ends``, which take turns.
 
-    The ends are about the smallest and the largest, alike at all sites: slimmable networks' sandwich rule at two thirds of its cost. With a
-    ``pool``, random ones are drawn from it; without, they are new in every step. A pure function of ``seed`` and the step.
+    The ends are the narrowest and the largest (None): slimmable networks' sandwich rule at two thirds of its cost. With a ``pool``, random ones are drawn from it; without, they are new in every step. A pure function of ``seed`` and the step.
     """
 
     ends: tuple[ArchitectureSpec | None, ...]
@@ -84,8 +78,7 @@ WHOLE = Networks((None,))
 
 
 def sandwich(table: CostTable, costs: tuple[float, float], count: int, seed: int, pool: int = 0) -> Networks:
-    """Sub-networks that cost between ``costs`` of dense's MACs, cheap ones as often as dear ones (by the logarithm): what no budget will
-    ask for is not trained. ``pool``: how many random sub-networks there are in all; 0 for new ones in every step. A small pool is learned
+    """The ends, and sub-networks that cost between ``costs`` of dense's MACs, cheap ones as often as dear ones (by the logarithm). ``pool``: how many random sub-networks there are in all; 0 for new ones in every step. A small pool is learned
     by heart: of those outside it a search would think too little."""
     low, high = costs
 
@@ -94,9 +87,7 @@ def sandwich(table: CostTable, costs: tuple[float, float], count: int, seed: int
 
     rng = random.Random(derive_seed(seed, "sandwich", "pool"))
     members = tuple(draw(rng) for _ in range(max(pool, count))) if pool else ()
-    small, large = (_largest(table, cost, lambda level: at_level(table.space, level), 0.0, 2.0) for cost in costs)
-    ends = small, None if high >= 1 else large
-    return Networks(ends, draw, count, seed, members)
+    return Networks((table.space.narrowest, None), draw, count, seed, members)
 
 
 def fit(
