@@ -53,7 +53,8 @@ def network_of_cost(table: CostTable, target: float, rng: random.Random) -> Arch
 class Networks:
     """Which sub-networks a step trains: ``count`` random ones, and one of the ``ends``, which take turns.
 
-    The ends are the narrowest and the largest (None): slimmable networks' sandwich rule at two thirds of its cost. With a ``pool``, random ones are drawn from it; without, they are new in every step. A pure function of ``seed`` and the step.
+    The ends are the narrowest and the largest (None): slimmable networks' sandwich rule at two thirds of its cost. With a ``pool``, random
+    ones are drawn from it; without, they are new in every step. A pure function of ``seed`` and the step.
     """
 
     ends: tuple[ArchitectureSpec | None, ...]
@@ -78,8 +79,11 @@ WHOLE = Networks((None,))
 
 
 def sandwich(table: CostTable, costs: tuple[float, float], count: int, seed: int, pool: int = 0) -> Networks:
-    """The ends, and sub-networks that cost between ``costs`` of dense's MACs, cheap ones as often as dear ones (by the logarithm). ``pool``: how many random sub-networks there are in all; 0 for new ones in every step. A small pool is learned
-    by heart: of those outside it a search would think too little."""
+    """The ends, and sub-networks that cost between ``costs`` of dense's MACs, cheap ones as often as dear ones (by the logarithm).
+
+    ``pool``: how many random ones there are in all; 0 for new ones in every step. A small pool is learned by heart: of those outside it a
+    search would think too little.
+    """
     low, high = costs
 
     def draw(rng: random.Random) -> ArchitectureSpec:
