@@ -297,7 +297,7 @@ def pull(model: str, out: Path, uri: str, as_json: bool) -> None:
 
 @registry.command()
 @click.argument("name", required=False)
-@click.option("--keep-aliased", is_flag=True, help="Also remove the versions that no alias names.")
+@click.option("--keep-aliased", is_flag=True, help="Also remove the versions that no alias names or goes back to.")
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="Also remove them but for the newest N of each name.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option(
@@ -312,7 +312,8 @@ def pull(model: str, out: Path, uri: str, as_json: bool) -> None:
 def gc(name: str | None, keep_aliased: bool, keep_last: int | None, dry_run: bool, grace_hours: float, uri: str, as_json: bool) -> None:
     """Free what nothing names: files of removed versions, and what killed publishers left.
 
-    Versions are removed only with --keep-aliased or --keep-last; one that an alias names, and the newest of each name, never is.
+    Versions are removed only with --keep-aliased or --keep-last; one that an alias names or would name after a rollback, and the newest of
+    each name, never is.
     """
     from orchestrator.registry_clean import clean
 
@@ -332,13 +333,16 @@ def gc(name: str | None, keep_aliased: bool, keep_last: int | None, dry_run: boo
 @registry_option
 @json_option
 def rm(model: str, uri: str, as_json: bool) -> None:
-    """Remove a version that no alias names. Its number is not used again; `registry gc` frees what it shared with none."""
-    from orchestrator.registry_clean import remove
+    """Remove a version that no alias names; the same again finishes a removal that was killed.
+
+    Its number is not used again; `registry gc` frees what it shared with none.
+    """
+    from orchestrator.registry_clean import removable, remove
 
     if ":" not in model:
         raise InputError(f"rm {model}: give the version's number too, e.g. {model.partition('@')[0]}:7")
     books = _open(uri)
-    version = books.resolve(model)
+    version = removable(books, model)
     remove(books, version)
     _show({"removed": version.reference}, as_json, lambda: f"{version.reference} removed")
 

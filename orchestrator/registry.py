@@ -195,6 +195,13 @@ class Registry:
     def is_removed(self, version: Version) -> bool:
         return REMOVED in self._numbers(version.name).get(version.number, ())
 
+    def half_removed(self, name: str | None = None) -> list[Version]:
+        """Versions whose removal was begun, and which hold more than what stays of one."""
+        if name is None:
+            return [version for name in self.files.names("") if _NAME.fullmatch(name) for version in self.half_removed(name)]
+        found = self._numbers(name)
+        return [Version(name, number, self.files) for number, held in found.items() if REMOVED in held and held - {SUMS, REMOVED}]
+
     def _find_equal(self, name: str, manifest: MixtureManifest, looked_at: set[int]) -> Version | None:
         """An intact version of the same files and the same plan. Samples drawn at publication may differ by the machine that drew them."""
 

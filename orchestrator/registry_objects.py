@@ -62,7 +62,7 @@ class ObjectFiles(ObjectStore):
     def strip(self, version: str) -> None:
         """Nothing: its bytes are blobs that other versions may share; gc deletes those that none does."""
 
-    def debris(self, doomed: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
+    def debris(self, doomed: list[str], begun: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
         now = time.time()
         for info in self._list(BLOBS, recursive=False):
             if info.is_file and info.base_name not in referenced:
