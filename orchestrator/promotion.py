@@ -58,7 +58,7 @@ def promote(
 
 
 def rollback(registry: Registry, name: str, alias: str) -> AliasEvent:
-    """Undo the last promotion of ``alias`` that still holds: back to the newest version before it that was not removed; of the first, to nothing.
+    """Undo the last promotion of ``alias`` that still holds: back to the newest version before it that is there; of the first, to nothing.
 
     Raises: InputError if it names nothing, or if all that it named before were removed; Conflict if it was moved while we looked.
     """

@@ -1,4 +1,4 @@
-"""A publisher, a promoter, a remover or a gc is killed at every write, and fifty publish and promote at once: nobody ever sees half a version, and none is lost."""
+"""Who publishes, promotes or removes is killed at every write, and fifty are at it at once: nobody sees half a version; none is lost."""
 
 import itertools
 import json
