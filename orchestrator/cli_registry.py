@@ -35,7 +35,7 @@ def list_command(name: str | None, uri: str, as_json: bool) -> None:
     """Versions, with budget, cost, quality and aliases. A damaged one is named at the end (exit code 4); the others are listed."""
     books, rows, damaged = _open(uri), list[dict[str, Any]](), list[str]()
     named: dict[str, dict[int, list[str]]] = {}
-    for version in books.versions(name):
+    for version in books.some_versions(name):
         if version.name not in named:
             named[version.name] = {}
             try:
@@ -49,8 +49,6 @@ def list_command(name: str | None, uri: str, as_json: bool) -> None:
             rows.append({"version": version.reference, "error": str(error), "path": version.where})
 
     def text() -> str:
-        if not rows:
-            return f"no versions in {uri}"
         return "\n".join(
             [f"{'version':<18}{'budget':<14}{'agent':<10}{'experts':>8}  {'of dense':<12}{'paired MSE':>12}", *map(_line, rows)]
         )
@@ -114,9 +112,7 @@ def show_command(model: str, uri: str, as_json: bool) -> None:
 def verify_command(model: str | None, hashes_only: bool, device: str, uri: str, as_json: bool) -> None:
     """Check one version, or all: every file against its hash; then load it, draw its golden samples, and compare them."""
     books = _open(uri)
-    versions = [books.resolve(model)] if model else books.versions()
-    if not versions:
-        raise InputError(f"no versions in {uri}")
+    versions = [books.resolve(model)] if model else books.some_versions()
     results, errors = [], []
     for version in versions:
         try:
@@ -126,7 +122,8 @@ def verify_command(model: str | None, hashes_only: bool, device: str, uri: str, 
             results.append({"version": version.reference, "ok": False, "error": str(error)})
 
     def line(row: dict[str, Any]) -> str:
-        drawn = f", {row['samples']} golden samples within {row['difference']:.4f}" if "samples" in row else ""
+        drawn = "" if hashes_only else ", no golden samples: hashes only"
+        drawn = f", {row['samples']} golden samples within {row['difference']:.4f}" if "samples" in row else drawn
         return f"{row['version']:<18}ok, {row['files']} files{drawn}"
 
     _show(results, as_json, lambda: "\n".join(line(row) for row in results if row["ok"]) or "nothing verified")

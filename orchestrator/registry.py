@@ -146,17 +146,22 @@ class Registry:
         found = self._numbers(name)
         return [Version(name, number, self.files) for number, held in found.items() if {MANIFEST, SUMS} & held and REMOVED not in held]
 
+    def some_versions(self, name: str | None = None) -> list[Version]:
+        """As ``versions``, at least one. Raises: InputError that lists what there is."""
+        versions = self.versions(name)
+        if not versions:
+            names = sorted({version.name for version in self.versions()})
+            there = f"it has {', '.join(names)}" if names else "it is empty or missing: publish a mixture first"
+            raise InputError(f"the registry {self.files.uri('')} has no mixture{'' if name is None else f' {name}'}: {there}")
+        return versions
+
     def resolve(self, reference: str) -> Version:
         """The version meant by ``name``, ``name@latest`` (the same), ``name@alias`` or ``name:7``.
 
         Raises: InputError that lists what there is; VerificationError if an alias cannot be read.
         """
         name, separator, wanted = reference.partition("@" if "@" in reference else ":")
-        versions = self.versions(name)
-        if not versions:
-            names = sorted({version.name for version in self.versions()})
-            there = f"it has {', '.join(names)}" if names else "it is empty or missing: publish a mixture first"
-            raise InputError(f"the registry {self.files.uri('')} has no mixture {name}: {there}")
+        versions = self.some_versions(name)
         if separator == "@" and wanted != aliases.LATEST:
             moved = aliases.current(self.files, name)
             if wanted not in moved:
