@@ -96,6 +96,11 @@ def standing(events: list[AliasEvent]) -> list[int]:
     return found
 
 
+def returns_to(standing: list[int], whole: set[int]) -> int | None:
+    """Which version a rollback goes back to: the newest before the last that is ``whole``; None if there is none."""
+    return next((number for number in reversed(standing[:-1]) if number in whole and number != standing[-1]), None)
+
+
 def append(
     files: Files, name: str, alias: str, before: AliasEvent | None, action: str, version: int | None, required: tuple[str, ...] = ()
 ) -> AliasEvent:

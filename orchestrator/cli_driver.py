@@ -98,5 +98,5 @@ def _cluster(job: Any, view: Any, on_progress: Callable[[Any], None], inline: bo
         on_progress=on_progress,
         on_trainers=view.trainers,
         folder=store.folder,
-        mirror=store.mirror,
+        mirror=store.workers_mirror,
     )

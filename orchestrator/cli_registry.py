@@ -35,7 +35,7 @@ def list_command(name: str | None, uri: str, as_json: bool) -> None:
     """Versions, with budget, cost, quality and aliases. A damaged one is named at the end (exit code 4); the others are listed."""
     books, rows, damaged = _open(uri), list[dict[str, Any]](), list[str]()
     named: dict[str, dict[int, list[str]]] = {}
-    for version in books.versions(name):
+    for version in books.some_versions(name):
         if version.name not in named:
             named[version.name] = {}
             try:
@@ -49,8 +49,6 @@ def list_command(name: str | None, uri: str, as_json: bool) -> None:
             rows.append({"version": version.reference, "error": str(error), "path": version.where})
 
     def text() -> str:
-        if not rows:
-            return f"no versions in {uri}"
         return "\n".join(
             [f"{'version':<18}{'budget':<14}{'agent':<10}{'experts':>8}  {'of dense':<12}{'paired MSE':>12}", *map(_line, rows)]
         )
@@ -114,9 +112,7 @@ def show_command(model: str, uri: str, as_json: bool) -> None:
 def verify_command(model: str | None, hashes_only: bool, device: str, uri: str, as_json: bool) -> None:
     """Check one version, or all: every file against its hash; then load it, draw its golden samples, and compare them."""
     books = _open(uri)
-    versions = [books.resolve(model)] if model else books.versions()
-    if not versions:
-        raise InputError(f"no versions in {uri}")
+    versions = [books.resolve(model)] if model else books.some_versions()
     results, errors = [], []
     for version in versions:
         try:
@@ -126,7 +122,8 @@ def verify_command(model: str | None, hashes_only: bool, device: str, uri: str, 
             results.append({"version": version.reference, "ok": False, "error": str(error)})
 
     def line(row: dict[str, Any]) -> str:
-        drawn = f", {row['samples']} golden samples within {row['difference']:.4f}" if "samples" in row else ""
+        drawn = "" if hashes_only else ", no golden samples: hashes only"
+        drawn = f", {row['samples']} golden samples within {row['difference']:.4f}" if "samples" in row else drawn
         return f"{row['version']:<18}ok, {row['files']} files{drawn}"
 
     _show(results, as_json, lambda: "\n".join(line(row) for row in results if row["ok"]) or "nothing verified")
@@ -297,7 +294,7 @@ def pull(model: str, out: Path, uri: str, as_json: bool) -> None:
 
 @registry.command()
 @click.argument("name", required=False)
-@click.option("--keep-aliased", is_flag=True, help="Also remove the versions that no alias names.")
+@click.option("--keep-aliased", is_flag=True, help="Also remove the versions that no alias names or goes back to.")
 @click.option("--keep-last", type=click.IntRange(1), metavar="N", help="Also remove them but for the newest N of each name.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option(
@@ -312,7 +309,8 @@ def pull(model: str, out: Path, uri: str, as_json: bool) -> None:
 def gc(name: str | None, keep_aliased: bool, keep_last: int | None, dry_run: bool, grace_hours: float, uri: str, as_json: bool) -> None:
     """Free what nothing names: files of removed versions, and what killed publishers left.
 
-    Versions are removed only with --keep-aliased or --keep-last; one that an alias names, and the newest of each name, never is.
+    Versions are removed only with --keep-aliased or --keep-last; one that an alias names or would name after a rollback, and the newest of
+    each name, never is.
     """
     from orchestrator.registry_clean import clean
 
@@ -332,13 +330,16 @@ def gc(name: str | None, keep_aliased: bool, keep_last: int | None, dry_run: boo
 @registry_option
 @json_option
 def rm(model: str, uri: str, as_json: bool) -> None:
-    """Remove a version that no alias names. Its number is not used again; `registry gc` frees what it shared with none."""
-    from orchestrator.registry_clean import remove
+    """Remove a version that no alias names; the same again finishes a removal that was killed.
+
+    Its number is not used again; `registry gc` frees what it shared with none.
+    """
+    from orchestrator.registry_clean import removable, remove
 
     if ":" not in model:
         raise InputError(f"rm {model}: give the version's number too, e.g. {model.partition('@')[0]}:7")
     books = _open(uri)
-    version = books.resolve(model)
+    version = removable(books, model)
     remove(books, version)
     _show({"removed": version.reference}, as_json, lambda: f"{version.reference} removed")
 

@@ -4,8 +4,8 @@
 
 The highest number holds. It is written only if it is not there (``If-None-Match: *``), so of two who want it one gets it. A holder that was
 not renewed for EXPIRES_S is dead, and the next number takes its place; one that slept so long finds the higher number and stops before it
-writes anything more. Time is the store's clock. What cannot be excluded: a request of a holder that is given up, already on its way,
-arrives late.
+writes anything more, and so do its workers, who look before every checkpoint (`workers.mirror`). Time is the store's clock. What cannot be
+excluded: a request of a holder that is given up, or of its workers, already on its way, arrives late.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from workers.contracts import InputError, RunFailed
+from workers.mirror import LEASES
 from workers.objects import ObjectStore
 
-FOLDER = ".lock"
 BEAT_S = 10.0
 EXPIRES_S = 60.0
 
@@ -39,27 +39,27 @@ class Lease:
         self.store, self.lost = store, ""
         self.about = {"machine": machine, "host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
         self._on_lost = on_lost or (lambda: os.kill(os.getpid(), signal.SIGINT))
-        self._over, self._renewed, self._number = threading.Event(), time.time(), 0
+        self._over, self._renewed, self.number = threading.Event(), time.time(), 0
 
     def take(self) -> None:
         """Raises: InputError if another driver holds the run."""
         newest = max(self._numbers(), default=0)
         if newest:
             self._require_free(newest)
-        self._number = newest + 1
-        if not self.store.create(self._name(self._number), self._content(False)):
-            self._require_free(self._number)
+        self.number = newest + 1
+        if not self.store.create(self._name(self.number), self._content(False)):
+            self._require_free(self.number)
             raise InputError(f"another diffpruning has just begun and ended in {self.store.uri('')}: run the same command again")
         self._renewed = time.time()
         for number in self._numbers():
-            if number < self._number:
+            if number < self.number:
                 self.store.delete(self._name(number))
         threading.Thread(target=self._beat, daemon=True, name="lease").start()
 
     def give_back(self) -> None:
         self._over.set()
         if not self.lost:
-            self.store.put(self._name(self._number), self._content(True))
+            self.store.put(self._name(self.number), self._content(True))
 
     def _require_free(self, number: int) -> None:
         try:
@@ -91,13 +91,13 @@ class Lease:
                 return
 
     def _renew(self) -> None:
-        if max(self._numbers(), default=0) > self._number:
+        if max(self._numbers(), default=0) > self.number:
             self.lost = (
                 f"{self.store.uri('')} was taken over by another diffpruning, since this one was not heard of for {EXPIRES_S:.0f} s: "
                 "its work goes on there"
             )
             return
-        self.store.put(self._name(self._number), self._content(False))
+        self.store.put(self._name(self.number), self._content(False))
         self._renewed = time.time()
 
     def require_held(self) -> None:
@@ -118,10 +118,10 @@ class Lease:
     def refresh(self, folder: Path, pattern: str) -> None: ...
 
     def _numbers(self) -> list[int]:
-        return [int(name) for name in self.store.names(FOLDER) if name.isdecimal()]
+        return [int(name) for name in self.store.names(LEASES) if name.isdecimal()]
 
     def _name(self, number: int) -> str:
-        return f"{FOLDER}/{number:08d}"
+        return f"{LEASES}/{number:08d}"
 
     def _content(self, released: bool) -> bytes:
         about: dict[str, Any] = {**self.about, "released": released}

@@ -33,8 +33,13 @@ class Place:
                 raise InputError(f"storage.scratch is {scratch}, but storage.path {storage} is a folder, which needs none: leave it out")
             return cls(Path(storage).expanduser().resolve() / name)
         if urlsplit(storage).scheme not in OPTIONS:
-            raise InputError(f"storage.path {storage!r}: is not a local path, s3://bucket/prefix or gs://bucket/prefix")
+            raise InputError(f"storage.path {storage!r}: is not a local path or s3://bucket/prefix")
         root = ObjectStore.of(storage, "storage.path")
+        if root.scheme != "s3":
+            raise InputError(
+                f"storage.path {storage!r}: there are no conditional writes on Google Cloud Storage through pyarrow, so two "
+                "drivers could both get the run: use s3://bucket/prefix or a shared folder"
+            )
         below = default_scratch() if scratch is None else Path(scratch).expanduser().resolve()
         run = ObjectStore(root.scheme, root.bucket, "/".join(filter(None, (root.prefix, name))), root.options)
         return cls(below / hashlib.sha256(root.uri("").encode()).hexdigest()[:16] / name, run.uri(""))

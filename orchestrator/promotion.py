@@ -58,9 +58,9 @@ def promote(
 
 
 def rollback(registry: Registry, name: str, alias: str) -> AliasEvent:
-    """Undo the last promotion of ``alias`` that still holds: back to the newest version before it that was not removed, or to nothing.
+    """Undo the last promotion of ``alias`` that still holds: back to the newest version before it that is there; of the first, to nothing.
 
-    Raises: InputError if it names nothing; Conflict if it was moved while we looked.
+    Raises: InputError if it names nothing, or if all that it named before were removed; Conflict if it was moved while we looked.
     """
     events = aliases.history(registry.files, registry.checked(name), aliases.checked(alias))
     standing = aliases.standing(events)
@@ -69,8 +69,17 @@ def rollback(registry: Registry, name: str, alias: str) -> AliasEvent:
         there = f"its aliases are {', '.join(moved)}" if moved else "it has none but latest, which always names the newest version"
         raise InputError(f"{name}@{alias} names nothing that could be rolled back: {there}")
     whole = {version.number for version in registry.versions(name)}
-    back = next((number for number in reversed(standing[:-1]) if number in whole and number != standing[-1]), None)
-    return aliases.append(registry.files, name, alias, events[-1], "rollback", back)
+    back = aliases.returns_to(standing, whole)
+    if back is None and (gone := [number for number in standing if number != standing[-1]]):
+        raise InputError(
+            f"{name}@{alias} cannot go back: {name}:{gone[-1]}, which it named before {name}:{standing[-1]}, was removed: promote another "
+            "version"
+        )
+    event = aliases.append(registry.files, name, alias, events[-1], "rollback", back)
+    if back is not None and registry.is_removed(Version(name, back, registry.files)):  # by somebody who looked just before for aliases
+        aliases.append(registry.files, name, alias, event, "promote", standing[-1])
+        raise aliases.Conflict(f"conflict: {name}:{back} was removed meanwhile: {name}@{alias} names what it did before")
+    return event
 
 
 def numbers(manifest: MixtureManifest) -> dict[str, float]:

@@ -146,17 +146,22 @@ class Registry:
         found = self._numbers(name)
         return [Version(name, number, self.files) for number, held in found.items() if {MANIFEST, SUMS} & held and REMOVED not in held]
 
+    def some_versions(self, name: str | None = None) -> list[Version]:
+        """As ``versions``, at least one. Raises: InputError that lists what there is."""
+        versions = self.versions(name)
+        if not versions:
+            names = sorted({version.name for version in self.versions()})
+            there = f"it has {', '.join(names)}" if names else "it is empty or missing: publish a mixture first"
+            raise InputError(f"the registry {self.files.uri('')} has no mixture{'' if name is None else f' {name}'}: {there}")
+        return versions
+
     def resolve(self, reference: str) -> Version:
         """The version meant by ``name``, ``name@latest`` (the same), ``name@alias`` or ``name:7``.
 
         Raises: InputError that lists what there is; VerificationError if an alias cannot be read.
         """
         name, separator, wanted = reference.partition("@" if "@" in reference else ":")
-        versions = self.versions(name)
-        if not versions:
-            names = sorted({version.name for version in self.versions()})
-            there = f"it has {', '.join(names)}" if names else "it is empty or missing: publish a mixture first"
-            raise InputError(f"the registry {self.files.uri('')} has no mixture {name}: {there}")
+        versions = self.some_versions(name)
         if separator == "@" and wanted != aliases.LATEST:
             moved = aliases.current(self.files, name)
             if wanted not in moved:
@@ -194,6 +199,13 @@ class Registry:
 
     def is_removed(self, version: Version) -> bool:
         return REMOVED in self._numbers(version.name).get(version.number, ())
+
+    def half_removed(self, name: str | None = None) -> list[Version]:
+        """Versions whose removal was begun, and which hold more than what stays of one."""
+        if name is None:
+            return [version for name in self.files.names("") if _NAME.fullmatch(name) for version in self.half_removed(name)]
+        found = self._numbers(name)
+        return [Version(name, number, self.files) for number, held in found.items() if REMOVED in held and held - {SUMS, REMOVED}]
 
     def _find_equal(self, name: str, manifest: MixtureManifest, looked_at: set[int]) -> Version | None:
         """An intact version of the same files and the same plan. Samples drawn at publication may differ by the machine that drew them."""

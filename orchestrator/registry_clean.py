@@ -2,7 +2,7 @@
 
 A removed version's number is never used again: its folder stays, with SHA256SUMS and the mark REMOVED, which says who removed it and when.
 The mark comes first, so nobody meets a version that is half there; then aliases are looked at once more, so that of a removal and a
-promotion at the same time one gives way.
+promotion at the same time one gives way. A removal that was killed after its mark is finished by the same command, or by gc.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ GRACE_HOURS = 24.0
 """What is younger may belong to a publisher who is still at work."""
 
 
+def removable(registry: Registry, reference: str) -> Version:
+    """The version that ``name:7`` means; also one whose removal was begun and not finished. Raises: InputError."""
+    name = reference.partition(":")[0]
+    begun = [version for version in registry.half_removed(name) if version.reference == reference]
+    return begun[0] if begun else registry.resolve(reference)
+
+
 def remove(registry: Registry, version: Version) -> None:
-    """Raises: InputError if an alias names it; Conflict if one was moved to it meanwhile."""
+    """The same again finishes. Raises: InputError if an alias names it; Conflict if one was moved to it meanwhile."""
     if named := registry.aliases_of(version.name).get(version.number):
         told = ", ".join(f"{version.name}@{alias}" for alias in named)
         raise InputError(f"{version.reference} is named by {told}: promote another version, or roll back, then remove it")
     mark = f"{version.folder}/{REMOVED}"
+    if registry.is_removed(version):
+        registry.files.strip(version.folder)
+        return
     at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     registry.files.put(mark, as_json({"schema": 1, "by": aliases.who(), "at": at}))
     if named := registry.aliases_of(version.name).get(version.number):
@@ -39,7 +49,7 @@ class Cleaning:
 
     versions: list[str]
     debris: list[str]
-    """Files and folders that nothing names: of removed versions, and what killed publishers left."""
+    """Files and folders that nothing names: of removed versions, and what killed publishers and removers left."""
     freed_bytes: int
     too_young: int
     """How many things were left alone because somebody may be writing them."""
@@ -55,14 +65,16 @@ def clean(
 ) -> Cleaning:
     """Free what nothing names. ``keep_aliased``: and remove the versions that no alias names. ``keep_last``: but for the newest so many.
 
-    A version that an alias names, and the newest of each name, always stay. Raises: VerificationError, before anything is removed, if an
-    alias, or in a bucket a version, cannot be read: what it names is not known.
+    A version that an alias names or would name after a rollback, and the newest of each name, always stay. Raises: VerificationError,
+    before anything is removed, if an alias, or in a bucket a version, cannot be read: what it names is not known.
     """
+    half = registry.half_removed() if registry.is_local else []
+    begun = [version.folder for version in half if version.number not in registry.aliases_of(version.name)]
     doomed: list[Version] = []
     if keep_aliased or keep_last is not None:
         for each in sorted({version.name for version in registry.versions(name)}):
-            versions, named = registry.versions(each), registry.aliases_of(each)
-            last = versions[-max(1, keep_last or 1) :]
+            versions = registry.versions(each)
+            named, last = _in_use(registry, each, versions), versions[-max(1, keep_last or 1) :]
             doomed += [version for version in versions if version not in last and version.number not in named]
     staying = [version for version in registry.versions() if version not in doomed]
     referenced = set() if registry.is_local else _referenced(staying)
@@ -70,12 +82,22 @@ def clean(
         doomed = [version for version in doomed if _removed(registry, version)]
         if not registry.is_local:  # somebody may have published meanwhile, or have promoted what was to go
             referenced |= _referenced([version for version in registry.versions() if version not in staying])
-    found = list(registry.files.debris([version.folder for version in doomed], referenced))
+    found = list(registry.files.debris([version.folder for version in doomed], begun, referenced))
     old = [(path, size) for path, size, age_s in found if age_s >= grace_hours * 3600]
     if not dry_run:
         for path, _ in old:
-            registry.files.drop(path)
+            (registry.files.strip if path in begun else registry.files.drop)(path)
     return Cleaning([version.reference for version in doomed], [path for path, _ in old], sum(s for _, s in old), len(found) - len(old))
+
+
+def _in_use(registry: Registry, name: str, versions: list[Version]) -> set[int]:
+    """What the aliases name, and what each would name after a rollback."""
+    whole, found = {version.number for version in versions}, set[int]()
+    for alias in aliases.known(registry.files, name):
+        if standing := aliases.standing(aliases.history(registry.files, name, alias)):
+            back = aliases.returns_to(standing, whole)
+            found |= {standing[-1]} | (set() if back is None else {back})
+    return found
 
 
 def _removed(registry: Registry, version: Version) -> bool:

@@ -95,10 +95,10 @@ class Files(Protocol):
     def strip(self, version: str) -> None:
         """Free what a removed version takes, but for SHA256SUMS and REMOVED."""
 
-    def debris(self, doomed: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
+    def debris(self, doomed: list[str], begun: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
         """What nothing needs when the ``doomed`` versions are gone: path, bytes, and seconds since it was written.
 
-        ``referenced``: the hashes that the other versions name.
+        ``begun``: versions whose removal is not finished, to be stripped; ``referenced``: the hashes that the other versions name.
         """
 
     def drop(self, path: str) -> None:
@@ -209,13 +209,14 @@ class LocalFiles:
 
     def put(self, path: str, content: bytes) -> None:
         target = self._at(path)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        temporary = self._temporary(str(PurePosixPath(path).parent.parent), "writing")  # beside the version, where gc finds it
         try:
-            temporary.write_bytes(content)
-            sync(temporary)
-            os.replace(temporary, target)
+            temporary.mkdir()
+            (temporary / target.name).write_bytes(content)
+            sync(temporary / target.name)
+            os.replace(temporary / target.name, target)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         sync(target.parent)
 
     def delete(self, path: str) -> None:
@@ -225,19 +226,22 @@ class LocalFiles:
         folder = self._at(version, to_the_end=True)
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                with contextlib.suppress(FileNotFoundError):  # somebody else is at it too
+                    shutil.rmtree(entry)
             elif entry.name not in (SUMS, REMOVED):
                 entry.unlink(missing_ok=True)
 
-    def debris(self, doomed: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
+    def debris(self, doomed: list[str], begun: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
         now, going = time.time(), Counter[int]()
         for version in doomed:
             with contextlib.suppress(FileNotFoundError):
                 going.update(_inodes(self._at(version, to_the_end=True)))
         newest: dict[int, float] = {}
-        for path in self._unclaimed():
+        for path in (*self._unclaimed(), *begun):
             with contextlib.suppress(FileNotFoundError):
                 size, written = _weigh(self.root / path)
+                if path in begun:
+                    written = (self.root / path / REMOVED).lstat().st_ctime
                 inodes = _inodes(self.root / path)
                 going.update(inodes)
                 newest |= {inode: max(written, newest.get(inode, 0.0)) for inode in inodes}

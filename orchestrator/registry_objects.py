@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.registry_files import BLOBS, DIGEST, SUMS, Staged, sha256_file
-from workers.contracts import InputError, RunFailed
-from workers.objects import ObjectStore, Writer
+from workers.contracts import InputError
+from workers.objects import ObjectStore
 
 REFRESH_S = 3600.0
 """A blob that was there longer than this is written anew when a version reuses it, so that a gc that runs meanwhile sees it as new."""
@@ -62,7 +62,7 @@ class ObjectFiles(ObjectStore):
     def strip(self, version: str) -> None:
         """Nothing: its bytes are blobs that other versions may share; gc deletes those that none does."""
 
-    def debris(self, doomed: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
+    def debris(self, doomed: list[str], begun: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
         now = time.time()
         for info in self._list(BLOBS, recursive=False):
             if info.is_file and info.base_name not in referenced:
@@ -86,15 +86,6 @@ class ObjectFiles(ObjectStore):
             self.delete(f"{BLOBS}/{digest}")  # its bytes may be others than its name says
             raise InputError(f"{path} changed while it was being published: nothing was published")
         return digest
-
-    @property
-    def _writer(self) -> Writer:
-        if self.scheme == "gs":
-            raise RunFailed(
-                f"{self.uri('')} can be read, but not written: publishing and aliases need conditional writes, which pyarrow does not "
-                "offer for Google Cloud Storage: use s3:// or a shared folder"
-            )
-        return super()._writer
 
 
 @dataclass

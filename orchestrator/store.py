@@ -20,6 +20,7 @@ copying object by object, done.json last.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import secrets
@@ -63,6 +64,8 @@ class RunStore:
         """``uri``: of the run on an object store, whose mirror the folder is."""
         self.folder = folder
         self.mirror = Mirror(str(folder), uri) if uri else None
+        self.workers_mirror = self.mirror
+        """While the run is locked, workers stop when the lock goes to another driver."""
         self._foreign = False
 
     @classmethod
@@ -191,6 +194,7 @@ class RunStore:
         lease = Lease(there.store, self._machine())
         lease.take()
         try:
+            self.workers_mirror = dataclasses.replace(there, lease=lease.number)
             there.prune(there.pull(mirror.works, exactly=True))
             self.tidy()
             with followed_by(lease), followed_by(there):

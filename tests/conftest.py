@@ -51,5 +51,6 @@ def s3(s3_server, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    s3_server.on_write, s3_server.ignores_conditions = None, False
-    return s3_server
+    s3_server.quiet()
+    yield s3_server
+    s3_server.quiet()

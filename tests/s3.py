@@ -1,10 +1,14 @@
-"""A real S3 server on this machine for tests: moto's, one request at a time, so that what it says was written was written in some order."""
+"""A real S3 server on this machine for tests: moto's, one request at a time, so that what it says was written was written in some order.
 
+One at a time, no two writers meet in it as they do in a real store; ``faults`` says what such a store would have answered.
+"""
+
+import io
 import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "AKIAEXAMPLEEXAMPLE",
@@ -16,7 +20,12 @@ ENVIRONMENT = {
 
 
 class Server:
-    """``on_write(count)`` is called before and after every request that changes something, when it is set."""
+    """``on_write("before")`` and ``("after")`` are called around every request that changes something, when it is set; if the first returns
+    True, the request is lost on its way. A request is whole before anything is done with it, so what its sender does then changes nothing.
+
+    ``faults``: what becomes of the next conditional writes: "" nothing; "busy", a 409 instead of it; "busy after", a 409 although it was
+    written; "lost", written, and a failure is answered.
+    """
 
     def __init__(self) -> None:
         from moto.server import DomainDispatcherApplication, create_backend_app
@@ -24,27 +33,42 @@ class Server:
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
-        self.on_write: Callable[[str], None] | None = None
+        self.on_write: Callable[[str], bool | None] | None = None
+        self.faults: Iterator[str] = itertools.repeat("")
         self.requests: list[tuple[str, str]] = []
         self.ignores_conditions = False
 
         def one_at_a_time(environ, start_response):
             writes = environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE")
+            length = None if environ.get("wsgi.input_terminated") else int(environ.get("CONTENT_LENGTH") or 0)
+            body = environ["wsgi.input"].read(*([] if length is None else [length]))
+            if length is not None and len(body) < length:
+                return refused(start_response, "400 Bad Request", "IncompleteBody")
             with lock:
                 self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
                 if self.ignores_conditions:
                     environ.pop("HTTP_IF_NONE_MATCH", None)
-                if writes and self.on_write:
-                    self.on_write("before")
-                answer = list(app(environ, start_response))
+                fault = next(self.faults) if "HTTP_IF_NONE_MATCH" in environ else ""
+                if (writes and self.on_write and self.on_write("before")) or fault == "busy":
+                    return refused(start_response, "409 Conflict", "ConditionalRequestConflict")
+                told = []
+                answer = list(app({**environ, "wsgi.input": io.BytesIO(body)}, lambda *status: told.append(status)))
                 if writes and self.on_write:
                     self.on_write("after")
+                if fault and told[0][0].startswith("200"):
+                    gone = ("500 Internal Server Error", "InternalError")
+                    return refused(start_response, *(gone if fault == "lost" else ("409 Conflict", "ConditionalRequestConflict")))
+                start_response(*told[0])
                 return answer
 
         self._server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True)
         self.endpoint = f"127.0.0.1:{self._server.port}"
         self._names = itertools.count(1)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def quiet(self) -> None:
+        """As it was when it was new."""
+        self.on_write, self.ignores_conditions, self.faults = None, False, itertools.repeat("")
 
     def client(self):
         import boto3
@@ -72,3 +96,8 @@ class Server:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def refused(start_response, status: str, code: str) -> list[bytes]:
+    start_response(status, [("Content-Type", "application/xml")])
+    return [f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>made up by a test</Message></Error>".encode()]

@@ -90,6 +90,16 @@ def test_a_cluster_asks_for_a_token_that_lies_on_the_shared_storage_and_is_reada
     assert not any("0.0.0.0" in line for line in config["head_start_ray_commands"])
 
 
+def test_the_user_of_the_image_may_write_to_a_new_file_system_before_the_token_is_put_there():
+    first = read(CLOUD)["initialization_commands"]
+    assert [line.split()[:2] for line in first[-2:]] == [["mountpoint", "-q"], ["sudo", "chown"]]
+    assert first[-1] == "sudo chown 1000 /mnt/shared"
+
+
+def test_a_job_that_was_refused_starts_no_second_cluster():
+    assert read(RAYJOB)["spec"]["backoffLimit"] == 0
+
+
 def test_every_cluster_runs_the_pinned_ray():
     tag = f"rayproject/ray:{PINNED['ray']}-"
     assert all(read(path)["docker"]["image"].startswith(tag) for path in (CLOUD, OWN))
@@ -152,6 +162,7 @@ def test_the_rayjob_is_consistent():
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert "/mnt/shared" in {mount["mountPath"] for mount in container["volumeMounts"]}
         assert pod["restartPolicy"] == "Never", "the autoscaler, version 2, wants no other"
+        assert pod["securityContext"]["fsGroup"] == 1000, "the group with which the image's user writes to the volume"
     assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
     for group in spec["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]

@@ -9,6 +9,7 @@ Names that begin with a dot stay where they are. ``uri`` and ``folder`` are the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from workers import files
+from workers.contracts import RunFailed
 from workers.objects import Found, ObjectStore
 from workers.records import Record
 
@@ -28,6 +30,10 @@ LAZY = "state.safetensors"
 BULKY = (".arrow", ".safetensors")
 """What no command needs that only shows what a run has found."""
 AT_ONCE = 8
+LEASES = ".lock"
+"""Numbered objects, of which the highest says which driver has the run."""
+SHARED = ("train",)
+"""Folders of which a task reads only what is below the part that it names."""
 _ASIDE = re.compile(r"\.aside\d+$")
 
 
@@ -53,26 +59,55 @@ def is_ours(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Mirror(Record):
-    """``folder``, absolute, holds what this machine has of the run at ``uri``."""
+    """``folder``, absolute, holds what this machine has of the run at ``uri``.
+
+    ``lease``: for a worker, the number of its driver's; nothing is sent or removed once another driver has the run. 0: no worker's."""
 
     folder: str
     uri: str
+    lease: int = 0
 
     @functools.cached_property
     def store(self) -> ObjectStore:
         return ObjectStore.of(self.uri, "storage.path")
 
-    def attach(self) -> None:
-        """For a worker: bring this machine's folder up to date, and follow what is written from now on.
+    def attach(self, item: object) -> None:
+        """For a worker: fetch what its task reads, and follow what is written from now on. ``item``: what the task is handed.
 
-        Raises: RunFailed if the store cannot be read from here."""
+        Raises: RunFailed if the store cannot be read from here, or the run is another driver's."""
         Path(self.folder).mkdir(parents=True, exist_ok=True)
+        self._require_current()
         files.follow(self)
-        self.pull(works)
+        self.fetch(item)
 
-    def __reduce__(self) -> tuple[type[Mirror], tuple[str, str]]:
-        """What crosses processes is two texts; every process has connections of its own."""
-        return Mirror, (self.folder, self.uri)
+    def fetch(self, item: object) -> None:
+        """Bring the folders here whose paths are in the item: a task reads nothing else of a run."""
+        for name in sorted(self._read_by(item)):
+            if not self.pull(works, name) and "/" not in name and (found := self.store.find(name)):  # a file beside the folders
+                self._fetch_missing({name: found}, works, exactly=False)
+
+    def _read_by(self, item: object) -> set[str]:
+        """The folders of the run that an item leads into."""
+        if isinstance(item, (str, Path)):
+            name = self.name_of(Path(item)) if str(item).startswith(self.folder) else None
+            parts = PurePosixPath(name).parts if name is not None else ()
+            return {"/".join(parts[: 2 if parts[0] in SHARED else 1])} if parts else set()
+        if dataclasses.is_dataclass(item):
+            return self._read_by(list(vars(item).values()))
+        if isinstance(item, Mapping):
+            return self._read_by(list(item.values()))
+        if isinstance(item, (tuple, list)) and not set(map(type, item)) <= {int, float}:  # rows of data may be many
+            return set[str]().union(*map(self._read_by, item))
+        return set()
+
+    def _require_current(self) -> None:
+        """Raises: RunFailed in a worker whose driver was given up."""
+        if self.lease and max((int(name) for name in self.store.names(LEASES) if name.isdecimal()), default=0) > self.lease:
+            raise RunFailed(f"{self.uri} was taken over by another diffpruning: its work goes on there, and this worker's ends here")
+
+    def __reduce__(self) -> tuple[type[Mirror], tuple[str, str, int]]:
+        """What crosses processes is these; every process has connections of its own."""
+        return Mirror, (self.folder, self.uri, self.lease)
 
     # --- from here to there -------------------------------------------------------------------------------------------
 
@@ -80,6 +115,7 @@ class Mirror(Record):
         name = self.name_of(path)
         if name is None:
             return
+        self._require_current()
         inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         for file in sorted(inside, key=lambda file: (file.name == last, file)):
             self._upload(file)
@@ -97,6 +133,7 @@ class Mirror(Record):
         name = self.name_of(path)
         if name is None:
             return
+        self._require_current()
         for below in sorted({name, *self.store.listing(name)}, key=lambda below: PurePosixPath(below).name != first):
             self.store.delete(below)
 
@@ -128,14 +165,22 @@ class Mirror(Record):
         ``exactly``: what is here and other than there goes, for who holds the run's lock. Else what is newer here is on its way there.
         """
         listing = {name: found for name, found in self.store.listing(below).items() if is_ours(name)}
+        self._fetch_missing(listing, wanted, exactly)
+        return listing
+
+    def _fetch_missing(self, listing: Mapping[str, Found], wanted: Callable[[str], bool], exactly: bool) -> None:
+        def missing() -> list[str]:
+            return [name for name, found in listing.items() if not self._is_here(name, found, exactly)]
+
+        if not missing():
+            return
         with self._one_at_a_time():
-            odd = [name for name, found in listing.items() if not self._is_here(name, found, exactly)]
+            odd = missing()  # another process of this machine may have fetched some
             for name in odd:
                 if not wanted(name):  # it comes when it is read
                     self.path_of(name).unlink(missing_ok=True)
             with ThreadPoolExecutor(AT_ONCE) as threads:
                 list(threads.map(lambda name: self._fetch(name, listing[name]), filter(wanted, odd)))
-        return listing
 
     def prune(self, listing: Mapping[str, Found]) -> None:
         """Delete what is here and not in the listing: work that was not finished. For who holds the run's lock."""

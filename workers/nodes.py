@@ -65,12 +65,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def require_storage(marker: str, mirror: Mirror | None = None) -> None:
-    """Before every task: have this node's mirror of an object store follow what the others have made.
+def require_storage(marker: str, mirror: Mirror | None = None, item: object = None) -> None:
+    """Before every task: have this node's mirror of an object store follow what the others have made. ``item``: what the task is handed.
 
     Raises: RunFailed on a node, come after the driver had asked, that does not see the driver's marker file, or cannot read the store."""
     if mirror is not None:
-        mirror.attach()
+        mirror.attach(item)
     if marker and not _sees(marker):
         raise RunFailed(f"node {socket.gethostname()} does not see the run folder {Path(marker).parent}: mount the shared storage there")
 

@@ -4,7 +4,7 @@
 Assumed of the store: reads and lists see what was written before (S3 since 2020, MinIO, Ceph, R2), and for `create` conditional writes
 (``If-None-Match: *``), which `require_conditions` checks. Reading goes through pyarrow. Writing to S3 goes through boto3, since pyarrow's
 requests cannot be conditional, and an upload that fails in the middle must be given up, where pyarrow would finish it. Google Cloud Storage
-is written through pyarrow: there, of two who `create` one object at the same moment both may be told that it is theirs.
+(``gs://``) can therefore be read, not written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from workers.contracts import InputError, RunFailed
@@ -163,8 +163,14 @@ class ObjectStore:
         return S3Writer(endpoint, region)
 
     @property
-    def _writer(self) -> Writer:
-        return self._s3 if self.scheme == "s3" else ArrowWriter(self._fs)
+    def _writer(self) -> S3Writer:
+        """Raises: RunFailed for a store that is only read."""
+        if self.scheme != "s3":
+            raise RunFailed(
+                f"{self.uri('')} can be read, but not written: that takes conditional writes, which pyarrow does not offer for Google "
+                "Cloud Storage: use s3:// or a shared folder"
+            )
+        return self._s3
 
     @contextlib.contextmanager
     def _told(self, path: str) -> Iterator[None]:
@@ -205,62 +211,9 @@ def hidden(text: str) -> str:
     return text
 
 
-class Writer(Protocol):
-    """Requests that change something. Keys begin with the bucket."""
-
-    def create(self, key: str, content: bytes) -> bool: ...
-    def put(self, key: str, content: bytes) -> None: ...
-    def upload(self, path: Path, key: str) -> None: ...
-    def copy(self, key: str, to: str) -> None: ...
-    def delete(self, key: str) -> None: ...
-    def require_conditions(self, key: str, uri: str) -> None: ...
-    def now(self, bucket: str) -> float: ...
-
-
-@dataclass(frozen=True)
-class ArrowWriter:
-    """Through pyarrow alone, for stores whose conditional writes it does not offer."""
-
-    fs: Any
-
-    def create(self, key: str, content: bytes) -> bool:
-        """Look, then write: not safe against somebody else who does so at the same moment."""
-        if self.fs.get_file_info(key).is_file:
-            with self.fs.open_input_file(key) as file:
-                return bool(file.read() == content)
-        self.put(key, content)
-        return True
-
-    def put(self, key: str, content: bytes) -> None:
-        with self.fs.open_output_stream(key) as file:
-            file.write(content)
-
-    def upload(self, path: Path, key: str) -> None:
-        import pyarrow
-
-        if not path.stat().st_size:
-            self.put(key, b"")
-            return
-        with pyarrow.memory_map(str(path)) as local:  # in one piece, so that there is nothing to fail between two
-            self.put(key, local.read_buffer())
-
-    def copy(self, key: str, to: str) -> None:
-        self.fs.copy_file(key, to)
-
-    def delete(self, key: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.delete_file(key)
-
-    def require_conditions(self, key: str, uri: str) -> None:
-        self.put(key, secrets.token_hex(16).encode())
-
-    def now(self, bucket: str) -> float:
-        return time.time()
-
-
 @dataclass(frozen=True)
 class S3Writer:
-    """Requests that pyarrow does not make."""
+    """Requests that change something, which pyarrow does not make as they must be. Keys begin with the bucket."""
 
     endpoint: str | None
     region: str | None

@@ -218,7 +218,7 @@ def run_train_worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     context, item = ray.train.get_context(), config["item"]
-    require_storage(config["marker"], config["mirror"])
+    require_storage(config["marker"], config["mirror"], (config["folder"], item))
     _threads()
     world_size, folder = context.get_world_size(), Path(config["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ def run_task(
     task: Callable[[Session, Any], Any], device: str, item: Any, marker: str = "", mirror: Mirror | None = None
 ) -> tuple[Any, float]:
     """The body of every Ray task: its result, and the seconds that it took. ``marker`` and ``mirror``: see `workers.nodes`."""
-    require_storage(marker, mirror)
+    require_storage(marker, mirror, item)
     _threads()
     started = time.time()
     return task(RayTaskSession(device), item), time.time() - started
@@ -280,9 +280,9 @@ def run_trial(
     mirror: Mirror | None = None,
 ) -> None:
     """The trainable of the plan search: one trial is one combination of axes (budget, agent, seed), whose name is ``config["trial"]``."""
-    require_storage(marker, mirror)
-    _threads()
     key = config["trial"]
+    require_storage(marker, mirror, items[key])
+    _threads()
     session = RayTrialSession(device, key)
     session.report_search(task(session, items[key]))
 

@@ -487,7 +487,7 @@ def test_verify_counts_the_files_of_every_version(tmp_path):
     publish(tmp_path, "other")
     done = diffpruning("registry", "verify")
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["emoji:1           ok, 2 files", "other:1           ok, 2 files"]
+    assert done.stdout.splitlines() == [f"{name}:1           ok, 2 files, no golden samples: hashes only" for name in ("emoji", "other")]
     assert json.loads(diffpruning("registry", "verify", "other", "--json").stdout) == [{"version": "other:1", "ok": True, "files": 2}]
 
 
@@ -563,11 +563,17 @@ def test_list_shows_the_other_versions_beside_a_damaged_one(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_an_empty_registry_lists_nothing_and_has_nothing_to_verify(tmp_path):
-    done = diffpruning("registry", "list", "--json")
-    assert (done.exit_code, json.loads(done.stdout), done.stderr) == (0, [], "")
-    assert line_of(diffpruning("registry", "verify"), 2) == "no versions in registry"
+@pytest.mark.parametrize("command", [("list",), ("list", "--json"), ("verify",)])
+def test_a_registry_that_is_empty_or_not_there_is_no_list_of_nothing(tmp_path, command):
+    told = line_of(diffpruning("registry", *command), 2)
+    assert told == f"the registry {tmp_path}/registry has no mixture: it is empty or missing: publish a mixture first"
+    assert "the registry /nowhere has no mixture: " in line_of(diffpruning("registry", *command, "--registry", "/nowhere"), 2)
     assert tree(tmp_path) == {}
+
+
+def test_a_list_of_a_name_that_is_not_there_is_refused_with_those_there_are(tmp_path):
+    publish(tmp_path)
+    assert "has no mixture emojis: it has emoji" in line_of(diffpruning("registry", "list", "emojis"), 2)
 
 
 def test_a_version_is_listed_and_shown(tmp_path):

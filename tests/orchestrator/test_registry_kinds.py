@@ -472,7 +472,7 @@ def test_a_store_that_does_not_answer_is_one_line_and_exit_code_1(tmp_path, s3, 
 def test_google_cloud_storage_is_read_only():
     registry = Registry("gs://bucket/mixtures?endpoint_override=127.0.0.1:9&scheme=http")
     assert registry.files.uri("a/1").startswith("gs://bucket/mixtures/a/1?")
-    with pytest.raises(RunFailed, match="can be read, but not written: publishing and aliases need conditional writes"):
+    with pytest.raises(RunFailed, match="can be read, but not written: that takes conditional writes"):
         registry.files.create("a/1/x", b"")
 
 

@@ -1,0 +1,91 @@
+"""What gc and rm leave: whatever a rollback returns to, and nothing of what was removed, however a removal ended."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from orchestrator import aliases
+from orchestrator.aliases import Conflict
+from orchestrator.promotion import promote, rollback
+from orchestrator.registry_clean import clean, remove
+from orchestrator.registry_files import REMOVED, SUMS
+from tests.orchestrator.test_registry_kinds import both, both_slowly, refusal, shelf
+
+__all__ = ["shelf"]
+
+
+@both
+def test_gc_keeps_what_each_alias_goes_back_to(shelf):
+    versions = [shelf.publish(f"run-{i}") for i in range(6)]
+    for number in (1, 2, 3):
+        promote(shelf.registry, versions[number], "champion")
+    promote(shelf.registry, versions[4], "staging")
+    assert clean(shelf.registry, keep_aliased=True, grace_hours=0).versions == ["quickstart:1", "quickstart:2"]
+    assert "quickstart:4 -> quickstart:3" in shelf.command("rollback", "quickstart").stdout
+    assert "quickstart:5 -> nothing" in shelf.command("rollback", "quickstart@staging").stdout
+    assert shelf.registry.verify(shelf.registry.resolve("quickstart@champion")) == 4
+
+
+@both
+def test_an_alias_whose_former_versions_were_all_removed_does_not_go_back(shelf):
+    versions = [shelf.publish(f"run-{i}") for i in range(3)]
+    for version in versions:
+        promote(shelf.registry, version, "champion")
+    remove(shelf.registry, versions[0]), remove(shelf.registry, versions[1])
+    assert refusal(shelf.command("rollback", "quickstart"), 2) == (
+        "quickstart@champion cannot go back: quickstart:2, which it named before quickstart:3, was removed: promote another version"
+    )
+    assert shelf.registry.resolve("quickstart@champion").number == 3
+
+
+@both_slowly
+def test_a_rollback_gives_way_to_a_removal_that_looked_before(shelf, monkeypatch):
+    one, two = shelf.publish("run-a"), shelf.publish("run-b")
+    promote(shelf.registry, one, "champion"), promote(shelf.registry, two, "champion")
+    append = aliases.append
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(aliases, "append", append)
+        remove(shelf.registry, one)
+        return append(*arguments)
+
+    monkeypatch.setattr(aliases, "append", meanwhile)
+    with pytest.raises(Conflict, match="quickstart:1 was removed meanwhile: quickstart@champion names what it did before"):
+        rollback(shelf.registry, "quickstart", "champion")
+    assert shelf.registry.resolve("quickstart@champion") == two
+
+
+def half_removed(shelf) -> Path:
+    """Of two versions the first, whose removal was killed after its mark."""
+    version, _ = shelf.publish("run-a"), shelf.publish("run-b")
+    shelf.registry.files.put(f"{version.folder}/{REMOVED}", b"{}")
+    return version.path
+
+
+@pytest.mark.parametrize("shelf", ["local"], indirect=True)
+@pytest.mark.parametrize("how", ["rm", "gc"])
+def test_a_removal_that_was_killed_is_finished_by_rm_and_by_gc(shelf, how):
+    folder = half_removed(shelf)
+    if how == "rm":
+        assert shelf.command("rm", "quickstart:1").stdout == "quickstart:1 removed\n"
+        assert "quickstart:1 was removed: it has 2" in refusal(shelf.command("rm", "quickstart:1"), 2)
+    left = 2 if how == "gc" else 0  # the folder, and the file that no other version has
+    assert clean(shelf.registry).too_young == left
+    told = json.loads(shelf.command("gc", "--dry-run", "--grace-hours", "0", "--json").stdout)
+    done = json.loads(shelf.command("gc", "--grace-hours", "0", "--json").stdout)
+    assert told == {**done, "dry_run": True} and len(done["debris"]) == left
+    assert sorted(path.name for path in folder.iterdir()) == sorted([SUMS, REMOVED])
+    assert set(shelf.registry.files.names(".blobs")) == set(shelf.registry.resolve("quickstart:2").manifest().files.values())
+    assert clean(shelf.registry, grace_hours=0).debris == []
+
+
+@pytest.mark.parametrize("shelf", ["local"], indirect=True)
+def test_what_an_alias_came_to_name_while_its_removal_began_is_not_stripped(shelf):
+    folder = half_removed(shelf)
+    aliases.append(shelf.registry.files, "quickstart", "champion", None, "promote", 1)
+    before = sorted(folder.rglob("*"))
+    assert clean(shelf.registry, grace_hours=0).debris == []
+    assert re.match("quickstart:1 is named by quickstart@champion", refusal(shelf.command("rm", "quickstart:1"), 2))
+    assert sorted(folder.rglob("*")) == before
