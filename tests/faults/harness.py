@@ -56,7 +56,7 @@ resources: {{device: cpu, local_cpus: 2, max_failures: 3}}
 def write_job(folder: Path) -> Path:
     """The job's file, beside its random model and images."""
     torch.manual_seed(0)
-    DDPMPipeline(families.family("unet2d").tiny(), DDPMScheduler()).save_pretrained(folder / "model")
+    DDPMPipeline(families.family("unet2d").tiny(), DDPMScheduler()).save_pretrained(folder / "model")  # type: ignore[attr-defined]
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(200):

@@ -180,7 +180,7 @@ def _kill_at_random(rng: random.Random, job: Job, driver: Driver) -> tuple[int, 
 
     if early:
         time.sleep(delay)
-        stage = "-"
+        stage: str | None = "-"
     else:
         while not (stage := stage_at_work()):
             if driver.ended():
@@ -193,6 +193,7 @@ def _kill_at_random(rng: random.Random, job: Job, driver: Driver) -> tuple[int, 
             return None
         time.sleep(0.05)
     stage = stage_at_work() or stage
+    assert stage is not None
     units = [unit for unit in driver.units(stage).values() if unit["step"] < unit["steps"]]
     if driver.ended():
         return None
