@@ -107,6 +107,7 @@ class ProgressView:
     def __enter__(self) -> ProgressView:
         if self._live:
             self._live.start()
+        self._write(force=True)  # how the run ended before is no longer how it stands
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
