@@ -224,7 +224,9 @@ class Job:
         words = ["run", str(self.file), *(word for pair in sets for word in ("--set", pair)), *more]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.drivers.append(
-            Driver(words, self.run, self.folder.parent / f"{self.folder.name}-{len(self.drivers)}.log", self.mark, self.address)
+            Driver(
+                words, self.run, (self.logs or self.folder.parent) / f"{self.folder.name}-{len(self.drivers)}.log", self.mark, self.address
+            )
         )
         return self.drivers[-1]
 
