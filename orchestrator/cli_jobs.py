@@ -51,6 +51,7 @@ def submit(
     Follows the log and leaves with the job's exit code; a closed terminal or Ctrl-C ends the following, not the job.
     The same command again resumes.
     """
+    from orchestrator import status as view
     from orchestrator import travel
 
     check_stages(only, until)
@@ -64,6 +65,7 @@ def submit(
             Path(folder),
             {"run_folder": parcel.run_folder, "diffpruning": __version__},
         )
+    view.submitted(parcel.config.place, id)
     click.echo(
         f"submitted {id} to {jobs.address}: {parcel.files} files, {parcel.bytes / 1e6:.1f} MB; results go to {parcel.run_folder}", err=True
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,18 +65,17 @@ def device_here(wanted: str, key: str) -> str:
 def run_store(job: str, overrides: Sequence[str]) -> RunStore:
     """A run. ``job``: a job file, the run folder itself, or its URI on an object store. Raises: InputError if there is no run."""
     from orchestrator.config import load_job
+    from orchestrator.job_file import find_run
     from orchestrator.place import Place, is_uri
     from orchestrator.store import RunStore
 
-    folder = Path(job).expanduser()
     if is_uri(job):
         store = RunStore.of(Place.of_run(job))
         if not (store.folder / "run.json").is_file():
             raise InputError(f"no run in {store.where()}: start it with `diffpruning run`")
         return store
-    if folder.is_dir() and not (folder / "run.json").is_file():
-        raise InputError(f"{folder} is a folder, but no run folder (it has no run.json): give a job file or a run folder")
-    store = RunStore(folder.resolve()) if folder.is_dir() else RunStore.of(load_job(job, overrides).place)
+    folder = find_run(job)
+    store = RunStore(folder.resolve()) if folder else RunStore.of(load_job(job, overrides).place)
     if not (store.folder / "run.json").is_file():
         raise InputError(f"no run in {store.where()}: start it with `diffpruning run`")
     return store

@@ -57,6 +57,16 @@ def _bundled_names() -> str:
     return ", ".join(sorted(path.stem for path in BUNDLED.glob("*.yaml")))
 
 
+def find_run(job: str) -> Path | None:
+    """The run folder that the words name; None if they name a job. Raises: InputError for another folder."""
+    folder = Path(job).expanduser()
+    if (folder / "run.json").is_file():
+        return folder
+    if folder.is_dir() and _bundled(job) is None:
+        raise InputError(f"{folder} is a folder, but no run folder (it has no run.json): give a job file or a run folder")
+    return None
+
+
 def read_job(job: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A job's keys as files and overrides say them, unchecked; paths that were relative are ``Beside``. Raises: InputError."""
     values = _read_layers(find_job(job), ())

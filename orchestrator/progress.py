@@ -107,6 +107,7 @@ class ProgressView:
     def __enter__(self) -> ProgressView:
         if self._live:
             self._live.start()
+        self._write(force=True)  # how the run ended before is no longer how it stands
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -165,7 +166,7 @@ class ProgressView:
             self._writing,
             contextlib.suppress(OSError, RunFailed),
         ):  # a full disk is told by whoever needs it; progress is not worth a crash
-            write_json(self.file, value)
+            write_json(self.file, value, durable=False)
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 2), header_style="bold")

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "300")  # a busy laptop
 
 import ray
 from ray import train, tune
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -49,6 +51,9 @@ ATTEMPTS = 2
 TRAINERS_EVERY_S = 5.0
 STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 NODES_TIMEOUT_S = 120.0
+
+_TOKEN = secrets.token_hex(32)
+"""Of the Ray that this process starts; one for all of them, for Ray's core reads it once."""
 
 TUNE = "tune"
 """Folder of Tune's own records within a search's, while it runs."""
@@ -122,7 +127,9 @@ class RayCluster:
             except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
                 raise InputError(f"RAY_ADDRESS {address}: {_refusal(str(error))}") from error
             return
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only, and ends with this process
+        # its ports are open to the whole network, and who may speak to one may run code; known to this process and what it starts alone
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
+        Config.initialize("")  # Ray has read the mode when it was imported; this is how it changes it itself
         # The dashboard is needed even when nobody looks: the trainers' clean-up asks its State API.
         try:
             self._dashboard = ray.init(

@@ -31,6 +31,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from workers.contracts import InputError
+from workers.files import sync
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -336,15 +337,6 @@ def claim(temporary: Path, folder: Path) -> bool:
     for above in (folder.parent, folder.parent.parent):
         sync(above)
     return True
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder's list of names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_intact(path: Path, digest: str) -> bool:

@@ -2,41 +2,122 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config import load_job
+from orchestrator.job_file import find_run
 from orchestrator.place import Place, is_uri
 from orchestrator.progress import duration, line
-from orchestrator.store import RunStore, read_json
+from orchestrator.store import RunStore, read_json, write_json
 from orchestrator.words import gmacs, measured_under, of_dense, predicted_ms, sig, timing
-from workers.contracts import InputError, MixtureManifest, Progress
+from workers.contracts import InputError, MixtureManifest, Progress, RunFailed
 from workers.mirror import tells
 from workers.protocol import common_protocol
+from workers.records import Record
 
 QUIET_S = 30.0
 """A living run writes more often."""
+LOST_S = 300.0
+"""So long a watcher waits for somebody to go on with a run that was killed, or to begin one."""
 WATCH_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class _Worker(Record):
+    world_rank: int
+    node_ip: str
+    pid: int
+    gpu_ids: tuple[Any, ...] | None
+    log_file_path: str | None
+
+
+@dataclass(frozen=True)
+class _Trainer(Record):
+    name: str
+    status: str
+    detail: str
+    attempts: int
+    workers: tuple[_Worker, ...]
+
+
+@dataclass(frozen=True)
+class _End(Record):
+    exit_code: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class _Word(Record):
+    """progress.json, as `orchestrator.progress` tells it; what it does not tell was not there in earlier versions."""
+
+    stage: str | None
+    units: tuple[Any, ...]
+    at: float
+    fingerprints: dict[str, str] | None = None
+    trainers: tuple[_Trainer, ...] | None = None
+    driver: dict[str, Any] | None = None
+    end: _End | None = None
+
+    def __post_init__(self) -> None:
+        for unit in self.units:
+            Progress.from_json(unit)
+
+
+@dataclass(frozen=True)
+class _Done(Record):
+    """What is read of a done.json."""
+
+    stage: str
+    fingerprint: str
+    started: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Owner(Record):
+    """What is read of a run.json."""
+
+    name: str
+
+
+def _page(path: Path, kind: type[Record]) -> dict[str, Any] | None:
+    """The JSON object of a file, if it is there. Raises: InputError, naming the file, if it is not what ``kind`` says."""
+    found = read_json(path)
+    if found is None:
+        return None
+    try:
+        if not isinstance(found, dict):
+            raise InputError("it is not a JSON object")
+        kind.from_json({key: value for key, value in found.items() if key in kind.__dataclass_fields__})
+    except InputError as error:
+        raise InputError(f"{path} is damaged ({str(error).removeprefix(kind.__name__ + ': ')[:200]}): delete it") from None
+    return found
 
 
 def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Stages that are done and the units of the one at work. ``job``: a job file or a run folder. Raises: InputError."""
-    place = Place.of_run(job) if is_uri(job) else Place(Path(job).expanduser())
-    if not place.uri and not (place.folder / "run.json").is_file():
-        place = load_job(job, overrides).place
+    if is_uri(job):
+        place = Place.of_run(job)
+    else:
+        folder = find_run(job)
+        place = Place(folder) if folder else load_job(job, overrides).place
     store = RunStore.of(place, tells)
     folder = store.folder
-    owner = read_json(folder / "run.json")
+    owner = _page(folder / "run.json", _Owner)
     if owner is None:
         raise InputError(f"no run in {store.where()}: start it with `diffpruning run`")
-    records = [read_json(path) for path in folder.glob("*-????????/done.json")]
+    records = [_page(path, _Done) for path in folder.glob("*-????????/done.json")]
     done = sorted((r for r in records if r), key=lambda r: r["started"] + r["seconds"])
-    progress = read_json(folder / "progress.json") or {}
-    mine = set(progress.get("fingerprints", {}).values())
+    progress = _page(folder / "progress.json", _Word) or {}
+    mine = set((progress.get("fingerprints") or {}).values())
     latest = {r["stage"]: r for r in done if not mine or r["fingerprint"] in mine}
     return {
         "run_folder": store.where(),
@@ -48,7 +129,7 @@ def read(job: str, overrides: Sequence[str]) -> dict[str, Any]:
         "running": progress.get("stage"),
         "units": progress.get("units", []) if progress.get("stage") else [],
         "seconds_since_update": round(time.time() - progress["at"], 1) if progress else None,
-        "trainers": progress.get("trainers", []) if progress.get("stage") else [],
+        "trainers": (progress.get("trainers") or []) if progress.get("stage") else [],
         "driver": progress.get("driver"),
         "end": progress.get("end"),
         "report": store.where(folder / "report.html") if store.has(folder / "report.html") else None,
@@ -69,6 +150,8 @@ def text(found: dict[str, Any]) -> str:
         lines += [f"    {_trainer(trainer)}" for trainer in found["trainers"] if trainer["status"] != "FINISHED"]
     elif found["end"] and found["end"]["exit_code"]:
         lines.append(f"  {found['end']['kind']:<12}exit code {found['end']['exit_code']}: {found['end']['message']}".rstrip(": "))
+    elif not found["end"] and found["seconds_since_update"] is not None and found["seconds_since_update"] > QUIET_S:
+        lines.append(f"  {'stopped?':<12}no word for {duration(found['seconds_since_update'])}; the same run command continues it")
     if found["report"]:
         lines.append(f"  report      {found['report']}")
     return "\n".join(lines)
@@ -87,8 +170,11 @@ def _trainer(found: dict[str, Any]) -> str:
 
 
 def watch(job: str, overrides: Sequence[str], tell: Callable[[dict[str, Any]], None]) -> int:
-    """``tell`` what has changed, until the run ends; returns its exit code. A run that is killed may be continued, so it is waited for."""
+    """``tell`` what has changed, until the run ends; returns its exit code. A run that is killed may be continued, so it is waited for.
+
+    Raises: RunFailed after ``LOST_S`` without a word."""
     last: dict[str, Any] | None = None
+    heard = time.monotonic()
     while True:
         found = read(job, overrides)
         quiet = found["seconds_since_update"] is None or found["seconds_since_update"] > QUIET_S
@@ -98,9 +184,25 @@ def watch(job: str, overrides: Sequence[str], tell: Callable[[dict[str, Any]], N
             last = now
         if found["end"] is not None:
             return found["end"]["exit_code"]
-        if quiet and found["running"] is None:  # it has not begun, or was made by a version that kept no end
-            return 0
+        if not quiet:
+            heard = time.monotonic()
+        if time.monotonic() - heard > LOST_S:
+            silent_s = found["seconds_since_update"]
+            since = "it was begun" if silent_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - silent_s))
+            raise RunFailed(f"no word since {since} from {found['run_folder']}: was it killed? The same run command continues it")
         time.sleep(WATCH_EVERY_S)
+
+
+def submitted(place: Place, id: str) -> None:
+    """A run that had ended goes on: whoever watches it from now on waits for the job ``id``. Where its storage is not seen, nothing."""
+    with contextlib.suppress(InputError, RunFailed, OSError):
+        store = RunStore.of(place, tells)
+        file = store.folder / "progress.json"
+        before = _page(file, _Word)
+        if before is not None and before.get("end") is not None and (before.get("driver") or {}).get("job") != id:
+            word = {"stage": None, "units": [], "at": time.time(), "fingerprints": before.get("fingerprints") or {}}
+            with store.followed():
+                write_json(file, {**word, "trainers": [], "driver": {"host": None, "pid": None, "job": id}, "end": None})
 
 
 def teller(as_json: bool) -> Callable[[dict[str, Any]], None]:

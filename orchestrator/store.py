@@ -35,15 +35,15 @@ from orchestrator.lease import Lease
 from orchestrator.place import Place
 from workers import mirror
 from workers.contracts import InputError, RunFailed
-from workers.files import followed_by, replacing
+from workers.files import followed_by, replacing, sync
 from workers.mirror import Mirror
 
 SCHEMA = 1
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Atomically: beside, then renamed."""
-    with replacing(path) as temporary:
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
+    """Atomically: beside, then renamed. ``durable``: see `workers.files.replacing`."""
+    with replacing(path, durable) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): delete it to have it made again") from None
 
 
@@ -238,11 +238,17 @@ class RunStore:
         calls: Sequence[dict[str, Any]] = (),
         resumed: bool = False,
     ) -> None:
-        """``calls``: what the stage asked of the cluster, and how long that took; ``resumed``: some of it was made before."""
+        """Vouch for what the stage has made, all of which is on the disk by then.
+
+        ``calls``: what the stage asked of the cluster, and how long that took; ``resumed``: some of it was made before."""
+        folder = self.stage_folder(stage, fingerprint)
+        if self.mirror is None:
+            for path in (*folder.rglob("*"), folder, self.folder):
+                with contextlib.suppress(FileNotFoundError):  # of a process that was given up
+                    if path.is_file() or path.is_dir():
+                        sync(path)
         record = {"schema": SCHEMA, "stage": stage, "fingerprint": fingerprint, "started": started, "seconds": seconds}
-        write_json(
-            self.stage_folder(stage, fingerprint) / "done.json", {**record, "resumed": resumed, "calls": list(calls), "result": result}
-        )
+        write_json(folder / "done.json", {**record, "resumed": resumed, "calls": list(calls), "result": result})
 
     def tidy(self) -> None:
         """Remove what killed processes have left of files that they were writing; for who holds the lock, and no work under way."""

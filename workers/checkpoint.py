@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workers import files
 from workers.contracts import InputError
-from workers.files import replacing
+from workers.files import replacing, sync
 
 SCHEMA = 1
 STATE, ABOUT = "state.safetensors", "checkpoint.json"
@@ -29,6 +29,7 @@ def write(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> No
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / STATE)
     except SafetensorError as error:
         raise _disk_error(error, folder) from error
+    sync(folder / STATE)
     with replacing(folder / ABOUT) as path:
         path.write_text(json.dumps({"schema": SCHEMA, **about}, indent=1))
 
@@ -80,12 +81,16 @@ def save_step(root: Path, step: int, write_into: Callable[[Path], None], keep: i
     """
     # a name of its own: a process that was given up may write the same step a little longer
     folder, temporary = root / f"step_{step:07d}", root / f".step_{step:07d}.{secrets.token_hex(4)}.tmp"
-    temporary.mkdir(parents=True)
+    if not root.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        sync(root.parent)
+    temporary.mkdir()
     try:
         write_into(temporary)
         if not is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
+            sync(root)
             files.finished(folder, last=ABOUT)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from workers.contracts import ImageTask, InputError, derive_seed
-from workers.files import finished
+from workers.files import finished, sync
 from workers.sources import HUB as HUB
 from workers.sources import IMAGES as IMAGES
 from workers.sources import WINDOW as WINDOW
@@ -178,6 +178,7 @@ def build_cache(task: ImageTask) -> ImageCache:
     try:
         _write(beside, about, source, task)
         os.replace(beside, out)
+        sync(out.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

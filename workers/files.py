@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written beside, then renamed. Standard library only.
+"""Files appear whole or not at all: written beside, forced to the disk, then renamed. Standard library only.
 
 Where a run folder is the mirror of one on an object store, a ``Follower`` is told what is finished, what goes, and what somebody is about
 to read; on a file system nobody is.
@@ -7,6 +7,7 @@ to read; on a file system nobody is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,17 +54,36 @@ def followed_by(follower: Follower | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes ``path`` when the block ends well, and is gone when it does not. Its suffix is that of ``path``."""
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A name to write to; it becomes ``path`` when the block ends well, and is gone when it does not. Its suffix is that of ``path``.
+
+    ``durable``: it survives a machine that loses power, and what is replaced after it does not outlive it.
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     if _followers:  # this machine's mirror may have nothing of the folder yet
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     finished(path)
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know it of files alone
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def finished(path: Path, last: str = "") -> None:

@@ -56,7 +56,7 @@ resources: {{device: cpu, local_cpus: 2, max_failures: 3}}
 def write_job(folder: Path) -> Path:
     """The job's file, beside its random model and images."""
     torch.manual_seed(0)
-    DDPMPipeline(families.family("unet2d").tiny(), DDPMScheduler()).save_pretrained(folder / "model")
+    DDPMPipeline(families.family("unet2d").tiny(), DDPMScheduler()).save_pretrained(folder / "model")  # type: ignore[attr-defined]
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(200):
@@ -224,7 +224,9 @@ class Job:
         words = ["run", str(self.file), *(word for pair in sets for word in ("--set", pair)), *more]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.drivers.append(
-            Driver(words, self.run, self.folder.parent / f"{self.folder.name}-{len(self.drivers)}.log", self.mark, self.address)
+            Driver(
+                words, self.run, (self.logs or self.folder.parent) / f"{self.folder.name}-{len(self.drivers)}.log", self.mark, self.address
+            )
         )
         return self.drivers[-1]
 

@@ -39,8 +39,8 @@ def expert(seconds: float, label: str) -> ExpertTask:
     return ExpertTask("specialize", "none", "none", (), Interval(0, 10), elastic, train, 0, 1, 0, False, label=label)
 
 
-def main(asked: dict[str, Any], storage: Path) -> dict[str, Any]:
-    cluster = RayCluster(
+def cluster_of(asked: dict[str, Any], storage: Path) -> RayCluster:
+    return RayCluster(
         device="cpu",
         cpus=asked.get("cpus", 1),
         gpus=0,
@@ -52,8 +52,13 @@ def main(asked: dict[str, Any], storage: Path) -> dict[str, Any]:
         hang_timeout_s=asked.get("hang_timeout_s", 600),
         max_failures=asked.get("max_failures", 0),
         on_progress=lambda event: None,
-        log=storage / "ray.log",
+        on_trainers=lambda found: None,
+        folder=storage,
     )
+
+
+def main(asked: dict[str, Any], storage: Path) -> dict[str, Any]:
+    cluster = cluster_of(asked, storage)
     done: dict[str, tuple[float, float]] = {}
     error = ""
     jobs = {name: expert(5, kind) if isinstance(kind, str) else expert(kind, "") for name, kind in asked["experts"].items()}

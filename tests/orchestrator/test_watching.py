@@ -16,7 +16,9 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from orchestrator import status
 from orchestrator.cli import main
+from orchestrator.place import Place
 from orchestrator.progress import ProgressView, ending
 from orchestrator.store import read_json, write_json
 from orchestrator.tensorboard import EventFiles
@@ -108,6 +110,71 @@ def test_a_watcher_tells_every_change_and_leaves_with_the_exit_code_of_the_run(r
     assert documents[-1]["end"]["message"] == "a worker was lost"
     ended = CliRunner().invoke(main, ["status", str(run), "--watch"])
     assert ended.stdout == f"run small, {run}\n  failed      exit code 1: a worker was lost\n"
+
+
+def word(**said) -> dict:
+    """A progress.json."""
+    return {"stage": None, "units": [], "at": time.time(), "fingerprints": {}, "trainers": [], "driver": None, "end": None} | said
+
+
+@pytest.mark.parametrize(
+    "left", [None, word(at=1e9 + 0.5), word(at=1e9 + 0.5, stage="analyze"), {"stage": None, "units": [], "at": 1e9 + 0.5}]
+)
+def test_a_watcher_of_a_run_that_was_killed_waits_and_then_says_since_when_there_was_no_word(left, run, monkeypatch):
+    if left is not None:
+        write_json(run / "progress.json", left)
+    monkeypatch.setattr(status, "LOST_S", 1.0)
+    watched = CliRunner().invoke(main, ["status", str(run), "--watch"])
+    assert watched.exit_code == 1
+    since = "it was begun" if left is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1e9 + 0.5))
+    told = f"error: no word since {since} from {run}: was it killed? The same run command continues it"
+    assert watched.stderr.splitlines() == [told]
+    assert ("stopped?" in watched.stdout) == (left is not None)
+
+
+def test_a_watcher_of_a_job_that_was_submitted_again_does_not_leave_with_how_it_ended_before(run):
+    write_json(run / "progress.json", word(end=ending(RunFailed("a worker was lost")), driver={"host": "a", "pid": 1, "job": "small-1"}))
+    status.submitted(Place(run), "small-2")
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(status.watch(str(run), (), lambda found: None)))
+    thread.start()
+    time.sleep(0.3)
+    with view(run):
+        time.sleep(1.5)
+    thread.join(30)
+    assert codes == [0]
+    status.submitted(Place(run.parent / "not seen from here"), "small-3")
+    assert not (run.parent / "not seen from here").exists()
+
+
+def test_a_run_that_goes_on_forgets_at_once_how_it_ended_before(run):
+    write_json(run / "progress.json", word(end=ending(RunFailed("a worker was lost"))))
+    with view(run):
+        assert read_json(run / "progress.json")["end"] is None
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *(("progress.json", text) for text in ("[]", "7", "{}", "[" * 100_000, "1" * 5000, "\xff", json.dumps(word(units=[{"stage": 1}])))),
+        *(("progress.json", json.dumps(word(**odd))) for odd in ({"at": "now"}, {"end": {}}, {"fingerprints": [1]}, {"trainers": [7]})),
+        ("run.json", "{}"),
+        ("analyze-12345678/done.json", '{"stage": "analyze"}'),
+    ],
+)
+def test_a_file_of_odd_content_is_named(file, text, run):
+    (run / file).parent.mkdir(exist_ok=True)
+    (run / file).write_text(text, encoding="latin-1")
+    for words in ((), ("--watch",), ("--json",)):
+        done = CliRunner().invoke(main, ["status", str(run), *words])
+        assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1), done.output
+        assert done.stderr.startswith(f"error: {run / file} is damaged (")
+
+
+def test_a_folder_that_is_no_run_is_told_as_one(tmp_path):
+    done = CliRunner().invoke(main, ["status", str(tmp_path)])
+    told = f"error: {tmp_path} is a folder, but no run folder (it has no run.json): give a job file or a run folder\n"
+    assert (done.exit_code, done.stderr) == (2, told)
 
 
 def events(folder: Path) -> list[Event]:
