@@ -96,7 +96,7 @@ def _page(path: Path, kind: type[Record]) -> dict[str, Any] | None:
     try:
         if not isinstance(found, dict):
             raise InputError("it is not a JSON object")
-        kind.from_json({key: value for key, value in found.items() if key in kind.__dataclass_fields__})
+        kind.from_json({key: value for key, value in found.items() if key in kind.__annotations__})
     except InputError as error:
         raise InputError(f"{path} is damaged ({str(error).removeprefix(kind.__name__ + ': ')[:200]}): delete it") from None
     return found
@@ -200,7 +200,7 @@ def submitted(place: Place, id: str) -> None:
         file = store.folder / "progress.json"
         before = _page(file, _Word)
         if before is not None and before.get("end") is not None and (before.get("driver") or {}).get("job") != id:
-            word = {"stage": None, "units": [], "at": time.time(), "fingerprints": before.get("fingerprints") or {}}
+            word: dict[str, Any] = {"stage": None, "units": [], "at": time.time(), "fingerprints": before.get("fingerprints") or {}}
             with store.followed():
                 write_json(file, {**word, "trainers": [], "driver": {"host": None, "pid": None, "job": id}, "end": None})
 
