@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,12 @@ class Beside(str):
 
 def find_job(job: str) -> Path:
     """The job file of a path, or of the name of a bundled job. Raises: InputError."""
-    path = Path(job).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(job))
+    if os.path.isfile(path):
         return path.resolve()
     bundled = _bundled(job)
     if bundled is None:
-        raise InputError(f"no such job file: {job}; bundled jobs: {_bundled_names()}")
+        raise InputError(f"no such job file: {job[:300]}; bundled jobs: {_bundled_names()}")
     return bundled
 
 
@@ -50,7 +52,7 @@ def _bundled(job: str) -> Path | None:
     """The file of a bundled job by its name, with or without .yaml; None if there is none."""
     name = job.removesuffix(".yaml")
     file = BUNDLED / f"{name}.yaml"
-    return file if name and Path(name).name == name and file.is_file() else None
+    return file if name and Path(name).name == name and os.path.isfile(file) else None
 
 
 def _bundled_names() -> str:
@@ -59,10 +61,10 @@ def _bundled_names() -> str:
 
 def find_run(job: str) -> Path | None:
     """The run folder that the words name; None if they name a job. Raises: InputError for another folder."""
-    folder = Path(job).expanduser()
-    if (folder / "run.json").is_file():
+    folder = Path(os.path.expanduser(job))
+    if os.path.isfile(folder / "run.json"):
         return folder
-    if folder.is_dir() and _bundled(job) is None:
+    if os.path.isdir(folder) and _bundled(job) is None:
         raise InputError(f"{folder} is a folder, but no run folder (it has no run.json): give a job file or a run folder")
     return None
 
@@ -80,28 +82,41 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise InputError(f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, path))}")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _parse(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())[:500]}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: a job is a mapping of keys to values, not {type(values).__name__}")
     for section, key in PATH_KEYS:
         here = values.get(section)
         if not isinstance(here, dict) or not isinstance(here.get(key), str):
             continue
-        if here[key].startswith(("./", "../")) or (path.parent / file_of(here[key])).exists():  # else perhaps a name on the Hub
+        if here[key].startswith(("./", "../")) or os.path.exists(path.parent / file_of(here[key])):  # else perhaps a name on the Hub
             here[key] = Beside.of(path.parent, here[key])
     base = values.pop("extends", None)
     if base is None:
         return values
     beside = path.parent / base if isinstance(base, str) else None
-    if beside is None or not beside.is_file():
+    if beside is None or not os.path.isfile(beside):
         beside = _bundled(base) if isinstance(base, str) else None
     if beside is None:
-        raise InputError(f"{path.name}: extends: no such file: {base}; bundled jobs: {_bundled_names()}")
+        told = _short(base) if isinstance(base, str) else reprlib.repr(base)
+        raise InputError(f"{path.name}: extends: no such file: {told}; bundled jobs: {_bundled_names()}")
     return _merge(_read_layers(beside.resolve(), (*seen, path)), values)
+
+
+def _parse(text: str) -> Any:
+    """Raises: yaml.YAMLError, whatever is wrong."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except Exception as error:  # PyYAML hands on what Python says of a number or a date that is none
+        raise yaml.YAMLError(f"a value is not what it seems: {error}") from None
 
 
 def file_of(value: str) -> str:
@@ -116,32 +131,41 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_index(part: str, here: list[Any]) -> bool:
+    return part.isdecimal() and len(part) < 10 and int(part) < len(here)
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     """``a.b=c`` with c read as YAML; list items by number (``budgets.0.ratio=0.4``)."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise InputError(f"--set {override!r} is not of the form key.subkey=value")
+        raise InputError(f"--set {_short(repr(override))} is not of the form key.subkey=value")
+    told = _short(key)
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except yaml.YAMLError:
-        raise InputError(f"--set {key}: {text!r} is not a YAML value") from None
+        raise InputError(f"--set {told}: {_short(repr(text))} is not a YAML value") from None
     *parents, last = key.strip().split(".")
     here: Any = values
     for i, part in enumerate(parents):
-        if isinstance(here, list) and part.isdecimal() and int(part) < len(here):
+        if isinstance(here, list) and _is_index(part, here):
             here = here[int(part)]
         elif isinstance(here, dict):
             if here.get(part) is None:
                 here[part] = {}
             here = here[part]
         else:
-            raise InputError(f"--set {key}: {'.'.join(parents[:i])} has no part {part!r}")
-    if isinstance(here, list) and last.isdecimal() and int(last) < len(here):
+            raise InputError(f"--set {told}: {_short('.'.join(parents[:i]))} has no part {_short(repr(part))}")
+    if isinstance(here, list) and _is_index(last, here):
         here[int(last)] = value
     elif isinstance(here, dict):
         paths = {f"{section}.{name}" for section, name in PATH_KEYS}
-        if key.strip() in paths and isinstance(value, str) and Path(file_of(value)).expanduser().exists():
-            value = Beside.of(Path.cwd(), str(Path(value).expanduser()))
+        if key.strip() in paths and isinstance(value, str) and os.path.exists(os.path.expanduser(file_of(value))):
+            value = Beside.of(Path.cwd(), os.path.expanduser(value))
         here[last] = value
     else:
-        raise InputError(f"--set {key}: {'.'.join(parents)} has no part {last!r}")
+        raise InputError(f"--set {told}: {_short('.'.join(parents))} has no part {_short(repr(last))}")

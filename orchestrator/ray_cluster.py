@@ -10,10 +10,10 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -54,9 +54,6 @@ NODES_TIMEOUT_S = 120.0
 
 _TOKEN = secrets.token_hex(32)
 """Of the Ray that this process starts; one for all of them, for Ray's core reads it once."""
-
-TUNE = "tune"
-"""Folder of Tune's own records within a search's, while it runs."""
 
 
 class RayCluster:
@@ -294,7 +291,6 @@ class RayCluster:
         found = log.read(items)
         points = {"/".join(map(str, values)): dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())}
         missing = {key: points[key] for key in items if key not in found}
-        shutil.rmtree(log.folder / TUNE, ignore_errors=True)
         if missing:
             with self._quiet():
                 errors = self._tune(task, missing, items, log, slots, stop_early)
@@ -315,7 +311,8 @@ class RayCluster:
     ) -> list[Exception]:
         """Run trials, each of which is written to the log when it ends; returns the errors of those that failed.
 
-        Tune's own records are not kept: they hold pickles, and a kill while one is written leaves a search that cannot be restored.
+        Tune's own records are on this machine alone and not kept: they hold pickles, which have no place on a storage that others can write
+        to, and a kill while one is written leaves a search that cannot be restored.
         """
         trainable = tune.with_resources(
             tune.with_parameters(
@@ -328,7 +325,7 @@ class RayCluster:
             ),
             self.need.resources(),
         )
-        try:
+        with tempfile.TemporaryDirectory(prefix="diffpruning-tune-", ignore_cleanup_errors=True) as folder:
             grid = tune.Tuner(
                 trainable,
                 param_space={"trial": tune.grid_search(list(missing))},
@@ -336,15 +333,13 @@ class RayCluster:
                     reuse_actors=True, max_concurrent_trials=slots, scheduler=_HalvingPerProblem(missing) if stop_early else None
                 ),
                 run_config=tune.RunConfig(
-                    name=TUNE,
-                    storage_path=str(log.folder),
+                    name="search",
+                    storage_path=folder,
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=self.max_failures),
                     callbacks=[_Recorder(log)],
                 ),
             ).fit()
-        finally:
-            shutil.rmtree(log.folder / TUNE, ignore_errors=True)
         return list(grid.errors)
 
     def close(self) -> None:

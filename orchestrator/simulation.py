@@ -43,8 +43,8 @@ def parse_counts(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         ends = [first, last] if dash else [first]
-        if not all(end.strip().isdecimal() and 1 <= int(end) <= MOST for end in ends):
-            raise InputError(f"--simulate {text!r}: give numbers of GPUs from 1 to {MOST}, e.g. 8 or 1,2,6 or 1-1024")
+        if not all(end.strip().isdecimal() and len(end) < 20 and 1 <= int(end) <= MOST for end in ends):
+            raise InputError(f"--simulate {text[:200]!r}: give numbers of GPUs from 1 to {MOST}, e.g. 8 or 1,2,6 or 1-1024")
         start, stop = int(ends[0]), int(ends[-1])
         while start < stop:
             found.append(start)

@@ -278,6 +278,7 @@ class Job:
         assert not [path for path in files if ".tmp" in path.name or (path.name.startswith(".") and path.name not in known)]
         assert not list(self.run.glob("train/*/*.txt"))
         assert not [*self.run.glob("*/search/tune"), *self.run.glob("search/tune")]
+        assert not list(self.run.rglob("*.pkl"))
 
 
 TIMES = re.compile(r"(search_seconds|.*ms_per_.*|images_per_s|relative_time|trainer_seconds|fingerprint)")

@@ -28,7 +28,7 @@ def run(asked: dict[str, Any], storage: Path, address: str | None = None) -> dic
     """What `tests.faults.work` prints."""
     storage.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    environment |= FAIR | ({"RAY_ADDRESS": address} if address else {})
+    environment |= FAIR | ({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"} if address else {})
     words = [sys.executable, "-m", "tests.faults.work", json.dumps(asked), str(storage)]
     for _ in range(5):
         done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1800, check=False)
@@ -111,20 +111,27 @@ def test_a_failing_expert_does_not_stop_the_others_and_the_error_names_it_its_lo
 @pytest.fixture
 def growing(tmp_path) -> Iterator[str]:
     """The address of a head without workers, whose autoscaler starts nodes of one slot, two at most: Ray's own, as processes."""
-    node = {"node_config": {}, "resources": {"CPU": 1, "slot": 1}, "min_workers": 0, "max_workers": 2}
-    head = {"node_config": {}, "resources": {"CPU": 0}, "max_workers": 0}
-    config = {
-        "cluster_name": "growing",
-        "max_workers": 2,
-        "idle_timeout_minutes": 30,
-        "provider": {"type": "fake_multinode"},
-        "available_node_types": {"ray.head.default": head, "worker": node},
-        "head_node_type": "ray.head.default",
-    }
-    (tmp_path / "autoscaling.json").write_text(json.dumps(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    provider = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}", "disable_node_updaters": True}
+    node = {"node_config": {}, "resources": {"CPU": 1, "slot": 1}, "min_workers": 0, "max_workers": 2}
+    head = {"node_config": {}, "resources": {"CPU": 0}, "max_workers": 0}
+    config: dict[str, Any] = {
+        "cluster_name": "growing",
+        "max_workers": 2,
+        "idle_timeout_minutes": 30,
+        "upscaling_speed": 1.0,
+        "provider": {**provider, "disable_launch_config_check": True},
+        "available_node_types": {"ray.head.default": head, "worker": node},
+        "head_node_type": "ray.head.default",
+    }
+    for key in ("auth", "docker", "file_mounts"):  # `ray up` would fill these in
+        config[key] = {}
+    for key in ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"):
+        config[f"{key}_commands"] = []
+    config |= {"cluster_synced_files": [], "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": []}
+    (tmp_path / "autoscaling.json").write_text(json.dumps(config))
     mark = uuid.uuid4().hex
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= FAIR | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "disabled", MARK: mark}
