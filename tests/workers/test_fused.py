@@ -20,6 +20,9 @@ from workers.session import Session
 from workers.training import random_network
 
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach() - wanted).norm() / wanted.norm())
 
@@ -34,7 +37,7 @@ def output_and_gradient(model, spec=None, device="cpu") -> tuple[Tensor, Tensor]
     return output.detach(), torch.cat([gradient.contiguous().flatten() for gradient in gradients])
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(pytest.mark.gpu, NEEDS_CUDA))])
 def test_fused_denoisers_and_their_sub_networks_compute_the_same(task, device, monkeypatch):  # noqa: F811
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = families.load_denoiser(task.model).to(device)
@@ -80,6 +83,7 @@ def test_training_with_fused_networks_is_the_same_training_and_resumes_bit_for_b
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize("act", [True, False])
 @pytest.mark.parametrize(("channels", "groups", "side"), [(24, 8, 5), (96, 32, 32), (192, 32, 7), (36, 3, 6), (96, 1, 4)])
 def test_the_norm_kernel_and_its_gradients_are_those_of_pytorch(channels, groups, side, act):
@@ -101,6 +105,7 @@ def test_the_norm_kernel_and_its_gradients_are_those_of_pytorch(channels, groups
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize("residual", [True, False])
 def test_the_bias_kernel_and_its_gradients_are_those_of_pytorch(residual):
     from workers import kernels
