@@ -19,7 +19,6 @@ from workers.fused import FusedResnet, fuse
 from workers.session import Session
 from workers.training import random_network
 
-
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
