@@ -274,7 +274,7 @@ class Job:
             assert time.monotonic() < deadline, f"still running: {left}"
             time.sleep(0.5)
         files = [path for place in ("runs", "registry") for path in (self.folder / place).rglob("*")]
-        known = (".lock", ".validate_storage_marker")
+        known = (".lock", ".validate_storage_marker", ".blobs")
         assert not [path for path in files if ".tmp" in path.name or (path.name.startswith(".") and path.name not in known)]
         assert not list(self.run.glob("train/*/*.txt"))
         assert not [*self.run.glob("*/search/tune"), *self.run.glob("search/tune")]
