@@ -23,7 +23,8 @@ from tests.faults.harness import EVERY, TABLE, Driver, Job, Nodes, Row, judged, 
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-TASK, TRAINER, CONTROLLER, TRIAL = r"ray::run_task", r"ray::RayTrainWorker", r"ray::TrainController", r"ray::(ImplicitFunc|run_trial)"
+TASKS = r"ray::(embed_timesteps|compare_timesteps|evaluate_shard|summarise|assemble_mixture)"  # named after what they do
+TASK, TRAINER, CONTROLLER, TRIAL = TASKS, r"ray::RayTrainWorker", r"ray::TrainController", r"ray::(ImplicitFunc|run_trial)"
 AT_WORK = {"analyze": TASK, "specialize": TRAINER, "route": TRIAL, "finetune": TRAINER, "publish": TASK}
 """Stage -> whose process works in it."""
 
