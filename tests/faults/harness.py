@@ -281,11 +281,11 @@ class Job:
         assert not list(self.run.rglob("*.pkl"))
 
 
-TIMES = re.compile(r"(search_seconds|.*ms_per_.*|images_per_s|relative_time|trainer_seconds|fingerprint)")
+TIMES = re.compile(r"(search_seconds|.*ms_per_.*|images_per_s|relative_time|trainer_seconds|drawn_at_once|fingerprint)")
 
 
 def _timeless(value: Any) -> Any:
-    """Without what is measured in seconds, and without the fingerprint, which holds the registry's place."""
+    """Without what is measured in seconds, or tells how, and without the fingerprint, which holds the registry's place."""
     if isinstance(value, dict):
         return {name: _timeless(part) for name, part in value.items() if not TIMES.fullmatch(name)}
     return [_timeless(part) for part in value] if isinstance(value, list) else value
