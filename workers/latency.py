@@ -107,7 +107,7 @@ def covering_networks(space: SearchSpace, seed: int) -> list[ArchitectureSpec]:
 
 
 def random_networks(space: SearchSpace, count: int, seed: int) -> list[ArchitectureSpec]:
-    """Sub-networks of random overall size, as training draws them: those that the prediction is checked on."""
+    """Sub-networks of random overall size: those that the prediction is checked on."""
     rng = random.Random(derive_seed(seed, "latency", "validation"))
     return [random_network(space, rng) for _ in range(count)]
 

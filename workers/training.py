@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,27 +26,34 @@ from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.trainer import Batch, Trainer
 
+SHIFT = 0.3
+"""How far the sites of a random sub-network lie from its overall size, at most, as a part of their choices."""
+
 
 def random_network(space: SearchSpace, rng: random.Random) -> ArchitectureSpec:
-    """A random sub-network of random overall size, so that small and large ones are trained as often as middling ones."""
+    """A random sub-network of random overall size, so that small and large ones come as often as middling ones."""
     size = rng.random()
-    ranks = {s.name: min(1.0, max(0.0, size + rng.uniform(-0.3, 0.3))) * (len(s.choices) - 1) for s in space.sites}
-    return ArchitectureSpec({s.name: s.choices[round(ranks[s.name])] for s in space.sites})
+    return _sized(space, size, _shifts(space, rng))
 
 
 def network_of_cost(table: CostTable, target: float, rng: random.Random) -> ArchitectureSpec:
     """A random sub-network that costs ``target`` of dense's MACs or a little less; the cheapest of its kind if none does."""
-    shift = {site.name: rng.uniform(-0.3, 0.3) for site in table.space.sites}
-
-    def sized(size: float) -> ArchitectureSpec:
-        ranks = {s.name: min(1.0, max(0.0, size + shift[s.name])) * (len(s.choices) - 1) for s in table.space.sites}
-        return ArchitectureSpec({s.name: s.choices[round(ranks[s.name])] for s in table.space.sites})
-
-    low, high = -0.3, 1.3
+    shifts, low, high = _shifts(table.space, rng), -SHIFT, 1 + SHIFT
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (middle, high) if table.cost(sized(middle)).macs <= target * table.dense.macs else (low, middle)
-    return sized(low)
+        fits = table.cost(_sized(table.space, middle, shifts)).macs <= target * table.dense.macs
+        low, high = (middle, high) if fits else (low, middle)
+    return _sized(table.space, low, shifts)
+
+
+def _shifts(space: SearchSpace, rng: random.Random) -> dict[str, float]:
+    return {site.name: rng.uniform(-SHIFT, SHIFT) for site in space.sites}
+
+
+def _sized(space: SearchSpace, size: float, shifts: Mapping[str, float]) -> ArchitectureSpec:
+    """Every site at the part ``size`` of its choices, shifted by its own."""
+    ranks = {s.name: min(1.0, max(0.0, size + shifts[s.name])) * (len(s.choices) - 1) for s in space.sites}
+    return ArchitectureSpec({s.name: s.choices[round(ranks[s.name])] for s in space.sites})
 
 
 @dataclass(frozen=True)
