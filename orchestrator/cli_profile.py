@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,9 @@ def profile(
         "latency": config.latency.model_copy(update={} if cuda_graphs is None else {"cuda_graphs": cuda_graphs}),
     }
     config = config.model_copy(update=here)
+    timing = config.timing()
+    timing = replace(timing, dtype=dtype or timing.dtype, compiled=timing.compiled if compiled is None else compiled)
+    timing.check(device)
     from orchestrator import planning
     from workers import families, latency
     from workers.latency_table import table_path
@@ -69,13 +73,8 @@ def profile(
                 out,
                 families.load_config(prepared.job.model.path),
                 config.elastic_settings(),
-                device=device,
-                dtype=dtype or config.latency.dtype,
-                batch=size,
-                compiled=config.latency.compile if compiled is None else compiled,
-                rewrites=config.export.rewrites,
-                cuda_graphs=config.latency.cuda_graphs,
-                fused_kernels=config.latency.fused_kernels,
+                device,
+                replace(timing, batch=size),
                 on_progress=_say,
             )
         found.append(_summary(table, table_path(out, table.identity)))

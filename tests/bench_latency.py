@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from workers import families, latency
-from workers.contracts import METRICS, REWRITES, ArchitectureSpec, ElasticSettings
+from workers.contracts import METRICS, REWRITES, ArchitectureSpec, ElasticSettings, Timing
 from workers.cost import CostTable, cost_table
 from workers.elastic import search_space
 from workers.graphs import Graphs
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--unit", default="group", choices=["group", "channel_per_group"])
     parser.add_argument("--widths", type=int, default=3)
     parser.add_argument("--width-multiple", type=int, default=8)
+    parser.add_argument("--fused-kernels", action="store_true", help="norms and biases by workers.fused; with --no-compile")
     parser.add_argument("--visits", type=int, default=7)
     parser.add_argument("--time-limit", type=float, default=480)
     parser.add_argument("--out", type=Path, help="where to save the table")
@@ -138,14 +139,13 @@ def main() -> None:
         width_multiple=options.width_multiple, depth=True, importance="taylor", unit=options.unit, most_widths=options.widths
     )
     rewrites = REWRITES if options.rewrites else ()
-    kind: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "batch": options.batch, "compiled": options.compile}
-    kind |= {"rewrites": rewrites, "cuda_graphs": options.cuda_graphs}
-    identity = latency.identity_of(config, settings, **kind)
+    timing = Timing(options.batch, options.dtype, options.compile, tuple(rewrites), options.cuda_graphs, options.fused_kernels)
+    identity = latency.identity_of(config, settings, options.device, timing)
     model, branches = latency.meta_model(config, settings)
     space = search_space(branches)
     covering, unseen = latency.covering_networks(space, 0), latency.random_networks(space, 30, 0)
     compiler, progress, dtype = RegionCompiler(), Progress(options.time_limit), getattr(torch, options.dtype)
-    weights = latency.Weights(options.device, dtype, 0)
+    weights = latency.Weights(options.device, dtype, 0, timing.fused_kernels)
 
     def observe(specs: list[ArchitectureSpec]) -> list[latency.Observation]:
         return latency.observe(
@@ -153,8 +153,8 @@ def main() -> None:
             model,
             branches,
             families.example_inputs(config, options.batch, options.device, dtype),
+            timing=timing,
             weights=weights,
-            rewrites=rewrites,
             compiler=compiler if options.compile else None,
             graphs=Graphs() if options.cuda_graphs else None,
             clock=latency.CudaClock() if options.device.startswith("cuda") else latency.CpuClock(),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from workers import families
-from workers.contracts import ArchitectureSpec, ElasticSettings, Progress, SearchSpace, derive_seed, digest_of
+from workers.contracts import ArchitectureSpec, ElasticSettings, Progress, SearchSpace, Timing, derive_seed, digest_of
 from workers.elastic import Branch, extract, search_space
 from workers.fused import fuse
 from workers.graphs import Graphs
@@ -214,11 +214,10 @@ def observe(
     branches: Sequence[Branch],
     inputs: Any,
     *,
+    timing: Timing,
     weights: Weights,
-    rewrites: Sequence[str],
     compiler: RegionCompiler | None,
     graphs: Graphs | None,
-    fused_kernels: bool = False,
     clock: Clock,
     visits: int,
     seed: int,
@@ -228,8 +227,8 @@ def observe(
     or a neighbour that interferes does not meet the same ones. ``on_step(done, all)``."""
     found, networks, steps = [Observation(spec) for spec in specs], [], len(specs) * (1 + visits)
     for spec in specs:
-        small = weights.fill(apply(extract(model, branches, spec), rewrites)).eval()
-        if fused_kernels:
+        small = weights.fill(apply(extract(model, branches, spec), timing.rewrites)).eval()
+        if timing.fused_kernels:
             fuse(small)
         networks.append(_passes(small if compiler is None else compiler.compile(small), inputs, branches, clock, graphs))
         clock.wait()
@@ -282,34 +281,23 @@ def meta_model(config: dict[str, Any], settings: ElasticSettings) -> tuple[nn.Mo
     return model, families.family_of_config(config).sites(model, settings)
 
 
-def identity_of(
-    config: dict[str, Any],
-    settings: ElasticSettings,
-    *,
-    device: str,
-    dtype: str,
-    batch: int,
-    compiled: bool,
-    rewrites: Sequence[str] = (),
-    cuda_graphs: bool = False,
-    fused_kernels: bool = False,
-) -> LatencyIdentity:
-    """What a table measured here and now would hold for. ``device``: cpu or cuda; ``dtype``: the name of a torch dtype."""
+def identity_of(config: dict[str, Any], settings: ElasticSettings, device: str, timing: Timing) -> LatencyIdentity:
+    """What a table measured here and now would hold for. ``device``: cpu or cuda."""
     space = search_space(meta_model(config, settings)[1])
     plain = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
     return LatencyIdentity(
         device=device_name(device),
-        dtype=dtype,
-        batch=batch,
+        dtype=timing.dtype,
+        batch=timing.batch,
         sample_size=config["sample_size"],
-        compiled=compiled,
+        compiled=timing.compiled,
         architecture=digest_of({"config": plain, "space": space.to_json()}),
         torch=torch.__version__,
         diffusers=diffusers.__version__,
         cuda=torch.version.cuda if device.startswith("cuda") else None,
-        rewrites=tuple(sorted(rewrites)),
-        cuda_graphs=cuda_graphs,
-        fused_kernels=fused_kernels,
+        rewrites=tuple(sorted(timing.rewrites)),
+        cuda_graphs=timing.cuda_graphs,
+        fused_kernels=timing.fused_kernels,
     )
 
 
@@ -327,14 +315,9 @@ def device_name(device: str) -> str:
 def measure(
     config: dict[str, Any],
     settings: ElasticSettings,
-    *,
     device: str,
-    dtype: str,
-    batch: int,
-    compiled: bool = False,
-    rewrites: Sequence[str] = (),
-    cuda_graphs: bool = False,
-    fused_kernels: bool = False,
+    timing: Timing,
+    *,
     visits: int = 7,
     validation_networks: int = 30,
     seed: int = 0,
@@ -343,30 +326,26 @@ def measure(
 ) -> LatencyTable:
     """Measure the table of every site choice of a denoiser, and its error on ``validation_networks`` random sub-networks.
 
-    ``device``: cpu or cuda; ``dtype``: float32, bfloat16 or float16; ``batch``: images of a forward pass; ``compiled``: with regional
-    compilation; ``rewrites``: exact ones that every network gets; ``cuda_graphs``: replayed as CUDA graphs, on cuda only, like
-    ``fused_kernels`` (`workers.fused`). Every network is visited ``visits`` times. Nothing else should run on the device meanwhile.
+    ``device``: cpu or cuda. Every network is visited ``visits`` times. Nothing else should run on the device meanwhile.
     """
-    kind: dict[str, Any] = {"compiled": compiled, "rewrites": rewrites, "cuda_graphs": cuda_graphs, "fused_kernels": fused_kernels}
-    identity = identity_of(config, settings, device=device, dtype=dtype, batch=batch, **kind)
+    identity, dtype = identity_of(config, settings, device, timing), getattr(torch, timing.dtype)
     model, branches = meta_model(config, settings)
     covering = covering_networks(search_space(branches), seed)
     unseen = random_networks(search_space(branches), validation_networks, seed)
     started = time.monotonic()
 
     def on_step(step: int, steps: int) -> None:
-        on_progress(Progress("profile", f"batch {batch}", step, steps, seconds=time.monotonic() - started))
+        on_progress(Progress("profile", f"batch {timing.batch}", step, steps, seconds=time.monotonic() - started))
 
     found = observe(
         [*covering, *unseen],
         model,
         branches,
-        families.example_inputs(config, batch, device, getattr(torch, dtype)),
-        rewrites=rewrites,
-        weights=Weights(device, getattr(torch, dtype), derive_seed(seed, "latency", "weights"), fused_kernels),
-        compiler=RegionCompiler() if compiled else None,
-        graphs=Graphs() if cuda_graphs else None,
-        fused_kernels=fused_kernels,
+        families.example_inputs(config, timing.batch, device, dtype),
+        timing=timing,
+        weights=Weights(device, dtype, derive_seed(seed, "latency", "weights"), timing.fused_kernels),
+        compiler=RegionCompiler() if timing.compiled else None,
+        graphs=Graphs() if timing.cuda_graphs else None,
         clock=clock or (CudaClock() if device.startswith("cuda") else CpuClock()),
         visits=visits,
         seed=seed,
@@ -379,25 +358,18 @@ def find_or_measure(
     folder: Path,
     config: dict[str, Any],
     settings: ElasticSettings,
-    *,
     device: str,
-    dtype: str,
-    batch: int,
-    compiled: bool = False,
-    rewrites: Sequence[str] = (),
-    cuda_graphs: bool = False,
-    fused_kernels: bool = False,
+    timing: Timing,
+    *,
     on_progress: Callable[[Progress], None] = lambda event: None,
 ) -> LatencyTable:
     """The table of this denoiser, here and now: from ``folder`` if it was measured before, else measured and put there.
 
     Raises: InputError if the file that should hold it is damaged or another's.
     """
-    kind: dict[str, Any] = {"device": device, "dtype": dtype, "batch": batch, "compiled": compiled}
-    kind |= {"rewrites": rewrites, "cuda_graphs": cuda_graphs, "fused_kernels": fused_kernels}
-    identity = identity_of(config, settings, **kind)
+    identity = identity_of(config, settings, device, timing)
     table = find(folder, identity)
     if table is None:
-        table = measure(config, settings, **kind, on_progress=on_progress)
+        table = measure(config, settings, device, timing, on_progress=on_progress)
         table.save(table_path(folder, identity))
     return table

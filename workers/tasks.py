@@ -65,19 +65,7 @@ def measure_latency(session: Session, item: LatencyTask) -> str:
     """Path of the latency table of this worker's device, measured now unless it is there."""
     config = families.load_config(item.model)
     item.timing.check(session.device)
-    table = latency.find_or_measure(
-        Path(item.folder),
-        config,
-        item.elastic,
-        device=session.device,
-        dtype=item.timing.dtype,
-        batch=item.timing.batch,
-        compiled=item.timing.compiled,
-        rewrites=item.timing.rewrites,
-        cuda_graphs=item.timing.cuda_graphs,
-        fused_kernels=item.timing.fused_kernels,
-        on_progress=session.report,
-    )
+    table = latency.find_or_measure(Path(item.folder), config, item.elastic, session.device, item.timing, on_progress=session.report)
     return str(table_path(Path(item.folder), table.identity))
 
 

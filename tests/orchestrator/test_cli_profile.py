@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from orchestrator.cli import Command, main
 from orchestrator.cli_profile import profile
 from workers import latency
+from workers.contracts import InputError, Timing
 from workers.latency_table import LatencyTable
 
 SETS = ("elastic.most_widths=2", "elastic.width_multiple=64", "storage.path=runs", "registry.path=registry")
@@ -142,3 +143,11 @@ def test_a_job_for_any_device_that_asks_for_cuda_graphs_is_refused_where_there_i
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
     assert "--device is cuda, but this machine has no usable GPU" in refused("--device", "cuda")
+
+
+def test_fused_kernels_are_refused_on_a_cpu_and_beside_a_compiler_before_anything_is_written():
+    told = refused("--set", "latency.fused_kernels=true", "--device", "cpu")
+    assert told == "error: latency.fused_kernels is true, but the device is cpu: set it to false\n"
+    assert not Path("runs").exists()
+    with pytest.raises(InputError, match="set one to false"):
+        Timing(1, "float32", compiled=True, fused_kernels=True).check("cuda")

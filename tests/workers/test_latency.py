@@ -11,14 +11,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from workers import families, latency, rewrites
-from workers.contracts import REWRITES, ArchitectureSpec, ElasticSettings, ElasticSite, InputError, Progress, SearchSpace
+from workers.contracts import REWRITES, ArchitectureSpec, ElasticSettings, ElasticSite, InputError, Progress, SearchSpace, Timing
 from workers.elastic import extract, search_space
 from workers.latency import Observation, covering_networks, fit, random_networks
 from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation, find, table_path
 from workers.regional import RegionCompiler
 
 SETTINGS = ElasticSettings(width_multiple=8, depth=True, importance="magnitude")
-HERE = {"device": "cpu", "dtype": "float32", "batch": 2, "compiled": False}
+HERE = Timing(2, "float32", False)
 
 
 class FlopClock:
@@ -48,7 +48,9 @@ def measured(name: str) -> tuple[LatencyTable, list[Progress]]:
     events: list[Progress] = []
     with FlopCounterMode(display=False) as counter:
         clock = FlopClock(counter)
-        table = latency.measure(config_of(name), SETTINGS, **HERE, visits=1, validation_networks=4, clock=clock, on_progress=events.append)
+        table = latency.measure(
+            config_of(name), SETTINGS, "cpu", HERE, visits=1, validation_networks=4, clock=clock, on_progress=events.append
+        )
     return table, events
 
 
@@ -60,7 +62,7 @@ def flops(name: str, spec: ArchitectureSpec) -> int:
     """Of the extracted sub-network, counted by itself."""
     model = families.family(name).tiny()
     small = extract(model, families.family(name).sites(model, SETTINGS), spec)
-    args, kwargs = families.example_inputs(config_of(name), HERE["batch"], "cpu", torch.float32)
+    args, kwargs = families.example_inputs(config_of(name), HERE.batch, "cpu", torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         small(*args, **kwargs)
     return counter.get_total_flops()
@@ -91,7 +93,7 @@ def test_compiled_blocks_are_measured_under_their_own_identity(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(latency, "RegionCompiler", functools.partial(RegionCompiler, "eager"))
     thin = dataclasses.replace(SETTINGS, most_widths=1)
-    table = latency.measure(config_of("unet2d"), thin, **{**HERE, "compiled": True}, visits=1, validation_networks=1)
+    table = latency.measure(config_of("unet2d"), thin, "cpu", dataclasses.replace(HERE, compiled=True), visits=1, validation_networks=1)
     assert table.identity.compiled
     assert table.dense_ms > 0
     assert {len(row) for row in table.sites.values()} == {2}
@@ -117,8 +119,8 @@ class FakeGraphs:
 def test_replayed_graphs_give_the_table_that_the_plain_networks_give(name, monkeypatch):
     monkeypatch.setattr(latency, "Graphs", FakeGraphs)
     with FlopCounterMode(display=False) as counter:
-        kind = {**HERE, "cuda_graphs": True}
-        table = latency.measure(config_of(name), SETTINGS, **kind, visits=2, validation_networks=2, clock=FlopClock(counter))
+        graphed = dataclasses.replace(HERE, cuda_graphs=True)
+        table = latency.measure(config_of(name), SETTINGS, "cpu", graphed, visits=2, validation_networks=2, clock=FlopClock(counter))
     plain, _ = measured(name)
     assert table.identity == dataclasses.replace(plain.identity, cuda_graphs=True)
     assert table.rest_ms == pytest.approx(plain.rest_ms, rel=1e-6)
@@ -153,9 +155,8 @@ def test_the_moments_of_a_replay_are_those_of_the_capture_and_not_of_its_warm_up
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_networks_are_timed_as_cuda_graphs(compiled):
     thin = dataclasses.replace(SETTINGS, most_widths=2)
-    kind = {"device": "cuda", "dtype": "bfloat16", "batch": 1, "rewrites": REWRITES, "cuda_graphs": True}
-    table = latency.measure(config_of("unet2d"), thin, **kind, compiled=compiled, visits=3, validation_networks=3)
-    plain = latency.measure(config_of("unet2d"), thin, **{**kind, "cuda_graphs": False}, compiled=compiled, visits=3, validation_networks=3)
+    timings = (Timing(1, "bfloat16", compiled, REWRITES, cuda_graphs=graphs) for graphs in (True, False))
+    table, plain = (latency.measure(config_of("unet2d"), thin, "cuda", timing, visits=3, validation_networks=3) for timing in timings)
     assert 0 < table.dense_ms < plain.dense_ms
     assert all(ms >= 0 for row in table.sites.values() for ms in row.values())
 
@@ -360,7 +361,7 @@ def test_a_table_that_is_not_there_is_refused(tmp_path):
 
 def test_the_identity_knows_the_architecture_and_its_choices_but_not_where_the_model_lies():
     def identity(config=None, settings=SETTINGS, **change):
-        return latency.identity_of(config or config_of("unet2d"), settings, **{**HERE, **change})
+        return latency.identity_of(config or config_of("unet2d"), settings, "cpu", dataclasses.replace(HERE, **change))
 
     assert identity() == identity({**config_of("unet2d"), "_name_or_path": "elsewhere", "_diffusers_version": "0.1"})
     assert identity() == identity(settings=dataclasses.replace(SETTINGS, importance="taylor"))
@@ -372,6 +373,7 @@ def test_the_identity_knows_the_architecture_and_its_choices_but_not_where_the_m
         identity(batch=3),
         identity(compiled=True),
         identity(cuda_graphs=True),
+        identity(fused_kernels=True),
     ]
     assert all(a != b for a, b in itertools.combinations([identity(), *changed], 2))
     assert "threads: 1" in identity().device
@@ -380,15 +382,15 @@ def test_the_identity_knows_the_architecture_and_its_choices_but_not_where_the_m
 def test_a_table_is_measured_once_and_found_afterwards(tmp_path, monkeypatch):
     asked = []
 
-    def measure(config, settings, **kind):
-        asked.append(kind["batch"])
-        del kind["on_progress"]
-        return dataclasses.replace(TABLE, identity=latency.identity_of(config, settings, **kind))
+    def measure(config, settings, device, timing, on_progress):
+        asked.append(timing.batch)
+        return dataclasses.replace(TABLE, identity=latency.identity_of(config, settings, device, timing))
 
     monkeypatch.setattr(latency, "measure", measure)
-    ask = functools.partial(latency.find_or_measure, tmp_path, config_of("unet2d"), SETTINGS, device="cpu", dtype="float32")
-    first = ask(batch=1)
-    assert ask(batch=1) == first
-    assert ask(batch=2) != first
+    one, two = (dataclasses.replace(HERE, batch=batch) for batch in (1, 2))
+    ask = functools.partial(latency.find_or_measure, tmp_path, config_of("unet2d"), SETTINGS, "cpu")
+    first = ask(one)
+    assert ask(one) == first
+    assert ask(two) != first
     assert asked == [1, 2]
     assert len(list(tmp_path.glob("latency-*.json"))) == 2
