@@ -83,6 +83,8 @@ class RayCluster:
         self._log = (folder / "ray.log").open("a")
         self._marker: Path | None = None
         self._mirror = mirror
+        # after an interrupt threads still wait in Ray: were it shut down, its core would end this process with 1; it ends with us
+        self._left = False
         self.max_failures, self.autoscale_to, self.hang_timeout_s = max_failures, autoscale_to or 0, hang_timeout_s
         self.calls: list[Call] = []
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
@@ -245,6 +247,9 @@ class RayCluster:
                     except Exception as error:  # the others still run; all failures are told together
                         self._gather()
                         failed[name] = _cause(error, storage / name)
+        except KeyboardInterrupt:
+            self._left = True
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         work = [done[name].ended - done[name].started for name in jobs if name in done]
@@ -350,7 +355,7 @@ class RayCluster:
     def _disconnect(self) -> None:
         if self._marker is not None:
             self._marker.unlink(missing_ok=True)
-        if self._own:
+        if self._own and not self._left:
             with self._quiet():
                 ray.shutdown()
         self._log.close()

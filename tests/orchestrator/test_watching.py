@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -218,3 +220,24 @@ def test_a_cluster_of_other_versions_is_told_in_one_line_with_both():
     assert told.startswith("the cluster runs Ray 2.9.3 on Python 3.8.18, this command Ray ")
     assert "use the cluster's versions, or `diffpruning submit`" in told
     assert "\n" not in told
+
+
+def test_curves_that_cannot_be_written_say_nothing_not_even_at_the_end(tmp_path):
+    """The disk is full for them: files of this process may not grow."""
+    code = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from orchestrator.tensorboard import EventFiles\n"
+        "from workers.contracts import Progress\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "curves = EventFiles(Path(sys.argv[1]))\n"
+        "curves.update(Progress('finetune', 'a', 1, 9, 0.5))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))\n"
+        "for step in range(2, 9): curves.update(Progress('finetune', 'a', step, 9, 0.5))\n"
+        "curves.close()\n"
+        "print('ended')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
