@@ -93,7 +93,7 @@ def test_paths_of_the_cluster_are_left_as_they_are(parcel):
         ),
         ([*SHARED, "data.path=images"], "data.path is images: only code and bundled files travel with a job"),
         ([*SHARED, "data.path=pictures/train-*.parquet"], "data.path is pictures/train-*.parquet: only code"),
-        ([*SHARED, "model.path=./model"], "model.path is model: only code and bundled files travel"),
+        ([*SHARED, "model.path=./model"], "model.path is ./model: only code and bundled files travel"),
         ([*SHARED, "evaluate.reference=stats.npz:test"], "--set evaluate.reference=/mnt/shared/stats.npz"),
     ],
 )
