@@ -108,9 +108,12 @@ class Elastic(Section):
 class Training(Section):
     steps: int = Field(ge=1, description="Optimiser steps per expert.")
     batch_size: Count = Field(16, description="Images per step, over all workers of the expert.")
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="Muon for convolutions and linear layers, AdamW for the rest; or for all."
+    )
     learning_rate: float = Field(gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
     warmup_steps: int = Field(0, ge=0, description="Steps of the warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay of the weight average that is kept; warms up with the step.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="Arithmetic of the training step; weights are kept in float32.")

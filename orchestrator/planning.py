@@ -23,10 +23,12 @@ from workers.cost import CostTable, activation_bytes, cost_table, require_reacha
 
 TFLOPS = {"cpu": 0.07, "cuda": 60.0}
 """Sustained training speed that estimates assume: per CPU core, and per GPU. Orders of magnitude, not promises."""
-BYTES_FREE_PER_PARAMETER = 16
-"""A checkpoint holds weights, average and two moments in float32; two are kept."""
-BYTES_TRAINED_PER_PARAMETER = {"no": 24, "bf16": 26}
-"""A trainer holds, in float32, its expert's weights with gradient, average and two moments, and the dense weights; in bf16 those are of two
+BYTES_OF_MOMENTS = {"muon": 4, "adamw": 8}
+"""Per parameter, in float32: AdamW remembers two, Muon one. (What Muon leaves to AdamW is little.)"""
+BYTES_KEPT_PER_PARAMETER = 8
+"""A checkpoint holds weights, average and moments in float32; two are kept."""
+BYTES_TRAINED_PER_PARAMETER = {"no": 16, "bf16": 18}
+"""A trainer holds, in float32, its expert's weights with gradient, average and moments, and the dense weights; in bf16 those are of two
 bytes, as is the copy of the expert that computes, with its gradient."""
 
 
@@ -207,7 +209,8 @@ def _check_images(job: JobConfig, images: int) -> None:
 def _disk_bytes(job: JobConfig, table: CostTable, cache_bytes: int) -> int:
     """The most that the checkpoints that the job keeps at one time, and its latents, take."""
     small = sum(budget.ratio for budget in job.budgets) * (1 + len(job.finetune.compare))
-    return round(2 * BYTES_FREE_PER_PARAMETER * table.dense.params * experts_of(job) * (1 + small) + cache_bytes)
+    elastic, tuned = (BYTES_KEPT_PER_PARAMETER + BYTES_OF_MOMENTS[of.optimizer] for of in (job.specialize, job.finetune))
+    return round(2 * (elastic + tuned * small) * table.dense.params * experts_of(job) + cache_bytes)
 
 
 def _trainer_bytes(job: JobConfig, table: CostTable) -> int:
@@ -220,7 +223,8 @@ def _trainer_bytes(job: JobConfig, table: CostTable) -> int:
     kept = activation_bytes(families.load_config(job.model.path)) * settings.batch_size / job.resources.workers_per_expert
     kept *= 0.5 if settings.mixed_precision == "bf16" else 1
     kept *= 2 if settings.cuda_graphs and job.resources.device != "cpu" else 1
-    return round(BYTES_TRAINED_PER_PARAMETER[settings.mixed_precision] * table.dense.params + kept)
+    state = BYTES_TRAINED_PER_PARAMETER[settings.mixed_precision] + BYTES_OF_MOMENTS[settings.optimizer]
+    return round(state * table.dense.params + kept)
 
 
 def _check_space(prepared: Prepared) -> None:

@@ -306,6 +306,7 @@ class TrainSettings(Record):
     denoising_weight: float
     cuda_graphs: bool = True
     relative_errors: bool = False
+    optimizer: str = "muon"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from workers.diffusion import NoiseSchedule
 from workers.elastic import ElasticDenoiser
 from workers.fused import channels_last, fuse
 from workers.graphs import Graphs
+from workers.optimizer import Optimizer
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
@@ -153,7 +154,7 @@ class Trainer:
     running: ElasticDenoiser
     """What computes: ``model`` itself, or its copy in lower precision."""
     teacher: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     averaged: nn.Module
     """The denoiser with the averaged weights."""
     schedule: NoiseSchedule
@@ -187,18 +188,11 @@ class Trainer:
         if fused:
             fuse(running)
             fuse(teacher)
-        optimizer = torch.optim.AdamW(
-            elastic.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=accelerator.device.type == "cuda",
-        )
         for parameter in (*elastic.parameters(), *running.parameters()):
             parameter.grad = torch.zeros_like(parameter)  # graphs write to where it is
+        optimizer = Optimizer(elastic, settings)
         hooks, taught = Features(running.model, features), Features(teacher, features)
-        return cls(
-            accelerator, elastic, running, teacher, accelerator.prepare(optimizer), averaged, schedule, hooks, taught, settings, weights
-        )
+        return cls(accelerator, elastic, running, teacher, optimizer, averaged, schedule, hooks, taught, settings, weights)
 
     def step(self, step: int, batch: Batch, networks: Sequence[ArchitectureSpec | None]) -> Tensor:
         """One optimiser step; returns the mean loss over the sub-networks (0-d, on the device)."""
@@ -280,9 +274,7 @@ class Trainer:
             torch._foreach_copy_(_gradients(self.model), _gradients(self.running))
         self.average_gradients()
         self.accelerator.clip_grad_norm_(weights, self.settings.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.settings)
-        self.optimizer.step()
+        self.optimizer.step(learning_rate(step, self.settings))
         decay = min(self.settings.ema_decay, (1 + step) / (10 + step))  # it warms up, so that short runs are averaged too
         torch._foreach_lerp_(list[Tensor](self.averaged.parameters()), weights, 1 - decay)
         self._round()
@@ -310,9 +302,7 @@ class Trainer:
         """The whole training state as named tensors."""
         state = {f"model.{name}": tensor for name, tensor in self.model.model.state_dict().items()}
         state |= {f"ema.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        return state
+        return state | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.tensors().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
@@ -320,17 +310,8 @@ class Trainer:
 
         self.model.model.load_state_dict(part("model."))
         self.averaged.load_state_dict(part("ema."))
-        slots, weights = dict[int, dict[str, Tensor]](), list(self.model.parameters())
-        for name, tensor in part("optimizer.").items():
-            index, _, slot = name.partition(".")
-            slots.setdefault(int(index), {})[slot] = _laid_out_like(weights[int(index)], tensor)
-        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load(part("optimizer."))
         self._round()
-
-
-def _laid_out_like(weight: Tensor, value: Tensor) -> Tensor:
-    """What an optimiser keeps of a weight, in the weight's layout: a fused one takes numbers as they lie in memory."""
-    return torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

@@ -17,13 +17,13 @@ from workers.elastic import ElasticDenoiser
 from workers.trainer import Batch, Trainer
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_trainers_state_takes_what_the_plan_says(emoji, precision):
+@pytest.mark.parametrize(("precision", "optimizer"), [("no", "adamw"), ("bf16", "adamw"), ("no", "muon")])
+def test_a_trainers_state_takes_what_the_plan_says(emoji, precision, optimizer):
     AcceleratorState._reset_state()
     teacher = families.family("unet2d").tiny()
     model = copy.deepcopy(teacher)
     branches = families.family("unet2d").sites(model, ElasticSettings(4, depth=True, importance="magnitude"))
-    settings = TrainSettings(1, 2, 1e-4, 0, 0.0, 0.9, 1.0, precision, 1, 0.0, 1.0, 1.0, 1.0)
+    settings = TrainSettings(1, 2, 1e-4, 0, 0.0, 0.9, 1.0, precision, 1, 0.0, 1.0, 1.0, 1.0, optimizer=optimizer)
     schedule = NoiseSchedule(families.load_scheduler_config(emoji))
     names = families.family("unet2d").features(model)
     trainer = Trainer.of(Accelerator(cpu=True), ElasticDenoiser(model, branches), teacher, names, schedule, settings)
@@ -33,10 +33,10 @@ def test_a_trainers_state_takes_what_the_plan_says(emoji, precision):
     for module in (trainer.model, trainer.running, trainer.averaged, trainer.teacher):
         for parameter in module.parameters():
             held |= {t.data_ptr(): t.nbytes for t in (parameter, parameter.grad) if t is not None}
-    moments = [slots[name] for slots in trainer.optimizer.state_dict()["state"].values() for name in ("exp_avg", "exp_avg_sq")]
-    held |= {moment.data_ptr(): moment.nbytes for moment in moments}
+    moments = sum(moment.nbytes for moment in trainer.optimizer.tensors().values() if moment.dim())
     parameters = sum(parameter.numel() for parameter in teacher.parameters())
     assert sum(held.values()) == planning.BYTES_TRAINED_PER_PARAMETER[precision] * parameters
+    assert moments == pytest.approx(planning.BYTES_OF_MOMENTS[optimizer] * parameters, rel=0.1 if optimizer == "muon" else 0)
 
 
 def test_memory_of_a_trainer_grows_by_activations_which_graphs_keep():
@@ -46,7 +46,7 @@ def test_memory_of_a_trainer_grows_by_activations_which_graphs_keep():
 
     job = planning.prepare(load_job("quickstart", []))
     kept, params = 8 * activation_bytes(families.load_config(job.job.model.path)), job.table.dense.params
-    assert needed("resources.device=cpu") == 24 * params + kept
-    assert needed("resources.device=cuda") == 24 * params + 2 * kept
-    assert needed("resources.device=cuda", "specialize.cuda_graphs=false") == 24 * params + kept
-    assert needed("resources.device=cuda", "specialize.mixed_precision=bf16") == 26 * params + kept
+    assert needed("resources.device=cpu") == 20 * params + kept
+    assert needed("resources.device=cuda") == 20 * params + 2 * kept
+    assert needed("resources.device=cuda", "specialize.cuda_graphs=false") == 20 * params + kept
+    assert needed("resources.device=cuda", "specialize.mixed_precision=bf16") == 22 * params + kept
