@@ -6,8 +6,9 @@ sampler. Both lie in the run folder's cache, as good as new while the experts' w
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,21 @@ def _distances(ctx: Context, item: RouteTask, samples: int, guidance: float) -> 
     out = _file(ctx, "distances", item.experts, [samples, *drawn_with(item.budget.scheduler, item.budget.steps), guidance])
     if (known := read_json(out)) is not None:
         return known
-    dense = out.with_suffix(".npz")
-    task = InfluenceTask(item, samples, ctx.job.evaluate.batch_size, guidance, str(dense))
-    ctx.cluster.scatter(tasks_route.draw_dense, [task])
-    seconds = sum(ctx.cluster.calls[-1].units)
-    found = ctx.cluster.scatter(tasks_route.expert_influence, [(task, k) for k in range(len(item.experts))])
-    seconds += sum(ctx.cluster.calls[-1].units)
+    task = InfluenceTask(item, samples, ctx.job.evaluate.batch_size, guidance, str(out.with_suffix(".npz")))
+    with dense_samples(ctx, task) as seconds:
+        found = ctx.cluster.scatter(tasks_route.expert_influence, [(task, k) for k in range(len(item.experts))])
+        seconds += sum(ctx.cluster.calls[-1].units)
     distances, errors = ([pair[i] for pair in found] for i in (0, 1))
     write_json(out, {"distances": distances, "errors": errors, "seconds": round(seconds, 2)})
-    remove(dense)
     return _read(str(out))
+
+
+@contextlib.contextmanager
+def dense_samples(ctx: Context, task: InfluenceTask) -> Iterator[float]:
+    """While it lasts, dense's samples are at ``task.dense``; the seconds that they took."""
+    ctx.cluster.scatter(tasks_route.draw_dense, [task])
+    yield sum(ctx.cluster.calls[-1].units)
+    remove(Path(task.dense))
 
 
 def _file(ctx: Context, kind: str, experts: Sequence[ExpertCheckpoint], settings: list[Any]) -> Path:

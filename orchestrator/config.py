@@ -177,11 +177,17 @@ class Router(Section):
     influence_samples: int = Field(
         256, ge=0, description="Samples drawn to measure how much an error of each expert counts in them; 0: all count the same."
     )
+    proxy_steps: int = Field(
+        100,
+        ge=0,
+        description="Fine-tuning steps that each agent's plan gets before the one is chosen whose samples are closest to dense's; at most "
+        "a quarter of finetune.steps. 0: the plan of lowest search loss is chosen.",
+    )
     cost_weight: float = Field(4.0, ge=0, description="Weight of |log(cost / budget)| against log(expert loss).")
     temperature: float = Field(0.4, gt=0, description="Gumbel temperature.")
 
     def settings(self) -> RouteSettings:
-        return RouteSettings(**self.model_dump(exclude={"agents", "seeds", "influence_samples"}))
+        return RouteSettings(**self.model_dump(exclude={"agents", "seeds", "influence_samples", "proxy_steps"}))
 
 
 class BudgetConfig(Section):
@@ -312,6 +318,11 @@ class JobConfig(Section):
     def budget(self, index: int) -> Budget:
         chosen = self.budgets[index]
         return Budget(chosen.metric, chosen.ratio, self.sampler.scheduler, self.sampler.steps)
+
+    @property
+    def proxy_steps(self) -> int:
+        """Of fine-tuning, before a plan is chosen."""
+        return min(self.router.proxy_steps, self.finetune.steps // 4)
 
     def elastic_settings(self) -> ElasticSettings:
         return ElasticSettings(**self.elastic.model_dump())

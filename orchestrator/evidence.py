@@ -157,7 +157,7 @@ def gather(prepared: Prepared) -> Evidence:
         for kind in ("mixture", *dict.fromkeys(trial.agent for trial in at), CUT_ONLY):
             if (label := best.budget.name + (f" {kind}" if kind != "mixture" else "")) in metrics:
                 agent = "uniform" if kind == CUT_ONLY else kind
-                plan = best if kind == "mixture" else min((trial for trial in at if trial.agent == agent), key=lambda trial: trial.loss)
+                plan = best if kind == "mixture" else min((trial for trial in at if trial.agent == agent), key=lambda trial: trial.rank)
                 names = [] if kind == CUT_ONLY else [unit(label, interval) for interval in plan.partition.intervals]
                 experts = tuple(ExpertCheckpoint.from_json(trained[name]) for name in names)
                 measured.append(Measured(kind, plan, metrics[label], samples[label], experts, same_as=metrics[label].get("same_as", "")))
@@ -206,7 +206,7 @@ def _latency_table(folder: Path, plans: Sequence[MixturePlan]) -> tuple[Path, La
 
 def trials_of(e: Evidence, plan: MixturePlan) -> list[MixturePlan]:
     """All trials of a plan's budget, best first."""
-    return sorted((trial for trial in e.trials if trial.budget == plan.budget), key=lambda trial: trial.loss)
+    return sorted((trial for trial in e.trials if trial.budget == plan.budget), key=lambda trial: trial.rank)
 
 
 # --- training runs --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from orchestrator.pipeline import Context
 from orchestrator.scheduling import longest_first
 from orchestrator.store import read_json, write_json
 from workers import families, tasks
-from workers.contracts import DenoiserRef, ExpertCheckpoint, ExpertTask, Interval, MixturePlan, digest_of
+from workers.contracts import DenoiserRef, ExpertCheckpoint, ExpertTask, Interval, MixturePlan, TrainSettings, derive_seed, digest_of
 from workers.cost import cost_table
 
 VERSION = 3
@@ -45,6 +45,31 @@ def folders(experts: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 # --- training -------------------------------------------------------------------------------------------------------
+
+
+def tuning(ctx: Context, images: str, rows: Sequence[int], plan: MixturePlan, label: str, train: TrainSettings) -> tuple[ExpertTask, ...]:
+    """The training of every small expert of a plan. ``rows`` of ``images``: those to learn from."""
+    job = ctx.job
+    return tuple(
+        ExpertTask(
+            stage="finetune",
+            model=job.model.path,
+            images=images,
+            rows=tuple(rows),
+            interval=interval,
+            elastic=job.elastic_settings(),
+            train=train,
+            random_networks=0,
+            importance_images=1,
+            seed=derive_seed(job.seed, "finetune"),  # the same images and noise for every plan: a fair comparison
+            flip=job.data.flip,
+            class_dropout=job.data.class_dropout,
+            source=located(ctx, ctx.results["specialize"]["experts"][k]).path,
+            spec=plan.experts[k],
+            label=label,
+        )
+        for k, interval in enumerate(plan.partition.intervals)
+    )
 
 
 def key_of(ctx: Context, task: ExpertTask, elastic: Sequence[ExpertCheckpoint]) -> str:
@@ -132,4 +157,4 @@ def denoisers(ctx: Context) -> dict[str, DenoiserRef]:
 def _best_of(ctx: Context, agent: str, plan: MixturePlan) -> MixturePlan:
     """An agent's own plan at another plan's budget: the best of its seeds."""
     trials = map(MixturePlan.from_json, ctx.results["route"]["trials"])
-    return min((trial for trial in trials if trial.agent == agent and trial.budget == plan.budget), key=lambda trial: trial.loss)
+    return min((trial for trial in trials if trial.agent == agent and trial.budget == plan.budget), key=lambda trial: trial.rank)

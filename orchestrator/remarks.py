@@ -113,23 +113,27 @@ def _agents(e: Evidence, plan: MixturePlan) -> Remark:
     best: dict[str, MixturePlan] = {}
     for trial in trials_of(e, plan):
         best.setdefault(trial.agent, trial)
+    tried, steps = plan.distance is not None, e.prepared.job.proxy_steps
+    word = f"distance to dense after {steps} steps of fine-tuning" if tried else "search loss"
+    worth = {agent: trial.rank[0] if tried else trial.loss for agent, trial in best.items()}
     at, era = f"At {label(plan.budget)},", best.pop("era", None)
     if era is None or not best:
-        losses = ", ".join(f"{agent} {trial.loss:.4g}" for agent, trial in best.items())
-        return Remark("note", f"{at} {plan.agent} was chosen (search loss: {losses or format(plan.loss, '.4g')}); era was not compared.")
-    ahead = {agent: trial for agent, trial in best.items() if not era.loss < trial.loss}
+        told = ", ".join(f"{agent} {worth[agent]:.4g}" for agent in best)
+        return Remark("note", f"{at} {plan.agent} was chosen ({word}: {told or format(worth[plan.agent], '.4g')}); era was not compared.")
+    mine = worth.pop("era")
+    ahead = {agent: trial for agent, trial in best.items() if not mine < worth[agent]}
     same = [agent for agent, trial in ahead.items() if trial.experts == era.experts]
-    if same and all(trial.loss == era.loss for trial in ahead.values()):
-        return Remark("note", f"{at} era kept the plan of {both(same)}: search loss {era.loss:.4g}.")
+    if same and all(worth[agent] == mine for agent in ahead):
+        return Remark("note", f"{at} era kept the plan of {both(same)}: {word} {mine:.4g}.")
     if not ahead:
-        rest = both(f"{agent} {trial.loss:.4g} ({trial.loss / era.loss - 1:+.1%})" for agent, trial in best.items())
-        narrowly = ", narrowly" if min(trial.loss for trial in best.values()) < 1.02 * era.loss else ""
-        return Remark("good", f"{at} era found the best plan{narrowly}: search loss {era.loss:.4g}, against {rest}.")
+        rest = both(f"{agent} {value:.4g} ({value / mine - 1:+.1%})" for agent, value in worth.items())
+        narrowly = ", narrowly" if min(worth.values()) < 1.02 * mine else ""
+        return Remark("good", f"{at} era found the best plan{narrowly}: {word} {mine:.4g}, against {rest}.")
     rest = both(
-        f"{agent} {trial.loss:.4g} " + ("with the same plan" if trial.experts == era.experts else f"with {dropped(trial)} dropped")
+        f"{agent} {worth[agent]:.4g} " + ("with the same plan" if trial.experts == era.experts else f"with {dropped(trial)} dropped")
         for agent, trial in ahead.items()
     )
-    lost = f"search loss {era.loss:.4g} with {dropped(era)} branches dropped, against {rest}"
+    lost = f"{word} {mine:.4g} with {dropped(era)} branches dropped, against {rest}"
     return Remark("warning", f"{at} era did not beat {both(ahead)} here: {lost}. The plan of {plan.agent} is used.")
 
 

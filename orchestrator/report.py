@@ -259,6 +259,7 @@ def build(prepared: Prepared) -> Path:
         device=e.dense.metrics.get("device") or "this run's device",
         pipeline=_pipeline_class(prepared.job.model.path),
         trials=[(plan, trials_of(e, plan)) for plan in e.chosen],
+        tried=any(trial.distance is not None for trial in e.trials),
         experts=[(plan, expert_rows(plan, e.results["route"]["influence"])) for plan in e.chosen],
         few_steps=FEW_STEPS,
         search=spent(e.results["route"]["seconds"], e.training_s),

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import encode, evaluation, experts, publishing, searching
+from orchestrator import encode, evaluation, experts, proxies, publishing, searching
 from orchestrator.calibration import calibrate, read_influence
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Context, Stage
 from orchestrator.registry import is_published
 from orchestrator.searching import search_plans
 from orchestrator.store import RunStore, write_json
-from orchestrator.words import few_steps, predicts, spent
+from orchestrator.words import few_steps, merits, predicts, spent
 from workers import data, diffusion, families, first_stage, latents, partition, tasks, tasks_evaluate
 from workers.contracts import (
     DenoiserRef,
@@ -129,25 +129,27 @@ def specialize(ctx: Context) -> dict[str, Any]:
 
 
 def route(ctx: Context) -> dict[str, Any]:
-    """Every agent searches every budget; per budget the plan with the lowest loss is chosen, on images no agent searched on."""
+    """Every agent searches every budget; per budget the plan is chosen whose samples are closest to dense's after a little fine-tuning."""
     job, item = ctx.job, calibrate(ctx, route_task(ctx))
     budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
     found, counted = search_plans(ctx, item, budgets.values(), agents_of(job), job.router.seeds), read_influence(item)
-    chosen = {name: min((p for p in found.plans if p.budget == budget), key=lambda p: p.loss) for name, budget in budgets.items()}
+    plans, spent_s = proxies.compare(ctx, item, _images(ctx)[1], found.plans)
+    chosen = {name: min((p for p in plans if p.budget == budget), key=lambda p: p.rank) for name, budget in budgets.items()}
     for name, plan in chosen.items():
-        losses = ", ".join(f"{p.agent} {p.loss:.4f}" for p in found.plans if p.budget == plan.budget)
-        ctx.say(f"  {name}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} (search loss: {losses})")
+        told = merits([p for p in plans if p.budget == plan.budget], job.proxy_steps)
+        ctx.say(f"  {name}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} ({told})")
     if found.known:
-        ctx.say(f"  {found.known} of the {len(found.plans)} plans were there from earlier searches")
+        ctx.say(f"  {found.known} of the {len(plans)} plans were there from earlier searches")
     counts = ", ".join(f"{interval.name} {count:.2g}" for interval, count in zip(item.partition.intervals, counted, strict=True))
     ctx.say(f"  an error counts, by the samples it moves: {counts}")
-    ctx.say(f"  search: {spent(found.seconds)}")
+    seconds = {**found.seconds, "short fine-tuning": spent_s} if spent_s else found.seconds
+    ctx.say(f"  search: {spent(seconds)}")
     _warn_of_few_steps(ctx, item.partition)
     return {
         "chosen": {name: plan.to_json() for name, plan in chosen.items()},
-        "trials": [plan.to_json() for plan in found.plans],
+        "trials": [plan.to_json() for plan in plans],
         "influence": counted,
-        "seconds": found.seconds,
+        "seconds": seconds,
         "searches": found.files,
     }
 
@@ -184,30 +186,13 @@ def finetune(ctx: Context) -> dict[str, Any]:
 
     Equal ones are trained once, and not at all if they are there: `experts`.
     """
-    job, settings = ctx.job, ctx.job.finetune
     images, train, _ = _images(ctx)
     elastic = [experts.located(ctx, e) for e in ctx.results["specialize"]["experts"]]
-    plans = experts.plans(ctx)
+    plans, settings = experts.plans(ctx), ctx.job.finetune.settings()
     jobs = {
-        experts.unit(label, interval): ExpertTask(
-            stage="finetune",
-            model=job.model.path,
-            images=images,
-            rows=tuple(train),
-            interval=interval,
-            elastic=job.elastic_settings(),
-            train=settings.settings(),
-            random_networks=0,
-            importance_images=1,
-            seed=derive_seed(job.seed, "finetune"),  # the same images and noise for every plan: a fair comparison
-            flip=job.data.flip,
-            class_dropout=job.data.class_dropout,
-            source=elastic[k].path,
-            spec=plan.experts[k],
-            label=label,
-        )
+        experts.unit(label, task.interval): task
         for label, plan in plans.items()
-        for k, interval in enumerate(plan.partition.intervals)
+        for task in experts.tuning(ctx, images, train, plan, label, settings)
     }
     for label, other in experts.equals(plans).items():
         ctx.say(f"  {label} = {other}: the same sub-networks, trained and measured once")

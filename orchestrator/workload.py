@@ -55,6 +55,7 @@ def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[W
             Work("expert_influence", tuple(dense_samples * (k + 1) / experts for k in range(experts))),
             *([Work("search_front", tuple(together))] if together else []),
             Work("search_plan", tuple(alone)),
+            *_proxies(job, len(agents), experts),
         ),
         "finetune": (Work("train_expert", tuple(_trained(tune, ratio) for ratio in ratios for _ in range(copies * experts))),),
         "publish": (Work("evaluate_shard", tuple(rows)),),
@@ -77,6 +78,16 @@ def _searches(job: JobConfig, era: float, agents: Sequence[str]) -> tuple[list[f
 
 def passes(works: Sequence[Work]) -> float:
     return sum(sum(work.units) for work in works)
+
+
+def _proxies(job: JobConfig, agents: int, experts: int) -> tuple[Work, ...]:
+    """Every agent's plan of every budget: trained for a little while, then sampled from; and dense's samples."""
+    steps, samples = job.proxy_steps, job.router.influence_samples or job.evaluate.samples
+    if not steps or agents == 1:
+        return ()
+    drawn = float(samples * min(job.sampler.steps, influence.STEPS) * (1 if job.sampler.guidance_scale == 1 else 2))
+    tuned = [experts * steps * job.finetune.batch_size * (1 + 3 * budget.ratio) + drawn * budget.ratio for budget in job.budgets]
+    return Work("draw_dense", (drawn,)), Work("proxy_distance", tuple(cost for cost in tuned for _ in range(agents)))
 
 
 def _trained(settings: Training, networks: float) -> float:

@@ -85,9 +85,9 @@ def main() -> None:
             noisy, target = schedule.noised(clean, eps, t), schedule.target(clean, eps, t)
             taught = dense(noisy, t).sample
             error, of_dense = float(F.mse_loss(small(noisy, t).sample, taught)), float(F.mse_loss(taught, target))
-        samples = probe.draw(k, small, drawn)
+        samples = probe.draw({k: small}, drawn)
         assert samples is not None, f"no step falls into {interval.name}: raise --steps"
-        distances = [probe.distance(k, small, drawn)]
+        distances = [probe.distance({k: small}, drawn)]
         if resnet is not None:
             views = [resnet(torch.as_tensor(x, device=options.device)).cpu().numpy() for x in (samples, drawn["samples"])]
             distances.append(moved(views[:1], views[1:]))

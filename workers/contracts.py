@@ -192,10 +192,17 @@ class MixturePlan(Record):
     """Standard error of ``gain`` over the calibration images."""
     reasons: tuple[tuple[SiteReason, ...], ...] = ()
     """Per expert, the sites that tell most about the choice."""
+    distance: float | None = None
+    """How far its samples are from dense's after a little fine-tuning (`tasks_route.proxy_distance`); None if there was none."""
 
     def __post_init__(self) -> None:
         if not len(self.experts) == len(self.shares) == len(self.expert_costs) == len(self.partition):
             raise InputError(f"a plan for {len(self.partition)} intervals needs as many experts, shares and costs")
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The lower, the better a plan of its budget: those that were tried come first, by what they drew; the others by search loss."""
+        return math.inf if self.distance is None else self.distance, self.loss
 
     def cost(self, metric: str) -> float:
         """Schedule-weighted cost of one denoising step."""

@@ -78,23 +78,24 @@ class Probe:
                 found.setdefault(f"features {i}", []).append(level)
         return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
-    def distance(self, expert: int, network: nn.Module, dense: Mapping[str, np.ndarray]) -> float | None:
-        """How far the samples move if ``network`` serves the expert's interval (`moved`); None if no step falls into it."""
-        samples = self.draw(expert, network, dense)
+    def distance(self, networks: Mapping[int, nn.Module], dense: Mapping[str, np.ndarray]) -> float | None:
+        """How far the samples move if ``networks`` serve some experts' intervals (`moved`); None if no step falls into those."""
+        samples = self.draw(networks, dense)
         if samples is None:
             return None
         views = zip(*(self._view(samples[rows], rows) for rows in self._chunks()), strict=True)
         mine = [torch.cat(parts).cpu().numpy() for parts in views]
         return moved(mine, [dense[name] for name in dense if name.startswith("features")])
 
-    def draw(self, expert: int, network: nn.Module, dense: Mapping[str, np.ndarray]) -> Tensor | None:
-        """The samples [n, C, H, W] if ``network`` serves the expert's interval; None if no step falls into it."""
-        if (entry := self.entries()[expert]) is None:
+    def draw(self, networks: Mapping[int, nn.Module], dense: Mapping[str, np.ndarray]) -> Tensor | None:
+        """The samples [n, C, H, W] if ``networks`` serve some experts' intervals; None if no step falls into those."""
+        served = [(entry, k) for k, entry in enumerate(self.entries()) if entry is not None and k in networks]
+        if not served:
             return None
-        found = []
+        found, (entry, expert) = [], min(served)
         for rows in self._chunks():
             start = torch.from_numpy(dense[f"state {expert}"][rows]).to(self.noise.device)
-            *_, samples = self._follow(start, rows, {expert: network}, entry)
+            *_, samples = self._follow(start, rows, networks, entry)
             found.append(samples)
         return torch.cat(found)
 

@@ -11,10 +11,12 @@ import json
 import os
 import random
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from workers import conditioning, families, routers, sensitivity
 from workers.contracts import (
     ArchitectureSpec,
     Budget,
+    DenoiserRef,
     Interval,
     MixturePlan,
     Progress,
@@ -39,8 +42,9 @@ from workers.latency_table import LatencyTable
 from workers.routers.uniform import at_level
 from workers.samples import open_samples
 from workers.session import Session
-from workers.tasks import labels_of, load_elastic
-from workers.trials import FrontTask, InfluenceTask, SearchTrial
+from workers.tasks import labels_of, load_elastic, train_expert
+from workers.tasks_evaluate import load_reference
+from workers.trials import FrontTask, InfluenceTask, ProxyTask, SearchTrial
 
 
 @functools.lru_cache(maxsize=1)
@@ -118,9 +122,32 @@ def expert_influence(session: Session, item: tuple[InfluenceTask, int]) -> tuple
     spec = at_level(experts[k].space, level)
     small = extract(experts[k].model, experts[k].branches, spec)
     with np.load(task.dense, allow_pickle=False) as arrays, _precision(route):
-        distance = _probe(task).distance(k, small, dict(arrays))
+        distance = _probe(task).distance({k: small}, dict(arrays))
     session.report(Progress(route.stage, unit, 1, 1))
     return distance, score[k].error(experts[k], spec)
+
+
+def proxy_distance(session: Session, item: ProxyTask) -> str:
+    """Train a plan's experts for a little while and measure how far its samples are from dense's then.
+
+    A search knows sub-networks of elastic experts, not what they become: some lose little before fine-tuning and gain little by it.
+    """
+    started, route = time.time(), item.drawn.route
+    unit, total = f"proxy {item.plan.budget.name} {item.plan.agent}", len(item.experts) + 1
+    with tempfile.TemporaryDirectory() as folder:
+        trained = []
+        for k, task in enumerate(item.experts):
+            session.report(Progress(route.stage, unit, k, total, seconds=time.time() - started))
+            trained.append(train_expert(Session(f"{folder}/{k}", session.device), task))
+        plan = DenoiserRef(unit, item.plan, tuple(trained), unit=route.elastic.unit)
+        mixture: Any = load_reference(plan, route.model).to(session.device)
+    session.report(Progress(route.stage, unit, total - 1, total, seconds=time.time() - started))
+    with np.load(item.drawn.dense, allow_pickle=False) as arrays, _precision(route):
+        distance = _probe(item.drawn).distance(dict(enumerate(mixture.experts)), dict(arrays))
+    session.report(Progress(route.stage, unit, total, total, distance, seconds=time.time() - started))
+    with replacing(Path(item.out)) as path:
+        path.write_text(json.dumps({"distance": distance, "seconds": round(time.time() - started, 2)}))
+    return item.out
 
 
 def _precision(item: RouteTask) -> contextlib.AbstractContextManager[object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.contracts import Budget, MixturePlan, RouteTask
+from workers.contracts import Budget, ExpertTask, MixturePlan, RouteTask
 from workers.records import Record
 
 
@@ -48,3 +48,14 @@ class InfluenceTask(Record):
     batch: int
     guidance_scale: float
     dense: str
+
+
+@dataclass(frozen=True)
+class ProxyTask(Record):
+    """What a plan is worth after a little fine-tuning, ``experts``: how far its samples are from dense's, and the seconds, go to ``out``
+    (JSON). ``drawn``: whose samples, as far as they are dense's."""
+
+    drawn: InfluenceTask
+    plan: MixturePlan
+    experts: tuple[ExpertTask, ...]
+    out: str

@@ -9,7 +9,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """They take a quarter of an hour: other selections leave them out."""
+    """They take half an hour on two cores: other selections leave them out."""
     if "faults" in config.option.markexpr or any("faults" in argument for argument in config.args):
         return
     left_out = [item for item in items if item.get_closest_marker("faults")]

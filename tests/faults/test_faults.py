@@ -143,61 +143,43 @@ def test_what_never_fits_a_cluster_is_refused_at_once_and_nothing_is_written(job
 
 
 def test_a_driver_that_is_killed_at_twenty_random_moments_loses_at_most_one_interval_each_time(job_file, reference, tmp_path):
-    """One job after the other, each killed and resumed until it is done, until there were twenty kills."""
-    rng, kills, worst, slowest, stages = random.Random(20), 0, 0, 0.0, set()
+    """Three jobs, each killed once in every stage, and one that is killed five times while it starts; each is resumed until it is done."""
+    rng, worst, slowest, hit = random.Random(20), 0, 0.0, list[str]()
     rows: list[Row] = []
-    for number in range(20):
+    for number, wanted in enumerate([list(AT_WORK)] * 3 + [["start"] * 5]):
         job = Job(job_file, tmp_path / f"killed{number}")
         with judged(job, reference) as mine:
-            while True:
-                driver = job.start()
-                killed = kills < 20 and _kill_at_random(rng, job, driver)
-                if not killed:
-                    assert driver.wait() == 0, driver.said
-                    break
-                kills += 1
-                lost, waited, stage = killed
+            for stage in wanted:
+                lost, waited, where = _kill_at_random(rng, job, job.start(), stage)
                 worst, slowest = max(worst, lost), max(slowest, waited)
-                stages.add(stage)
-            if kills >= 20:
-                moments = f"20 moments in {', '.join(sorted(stages - {'-'}))}"
-                rows.append(Row("kill -9 of the driver, worst of 20", moments[:41], worst, slowest))
+                hit.append(where)
+            job.finish()
+            if number == 3:
+                rows.append(Row("kill -9 of the driver, worst of 20", f"{len(hit)} moments in all stages", worst, slowest))
                 mine += rows
-        if kills >= 20:
-            break
     assert worst <= 10
-    assert len(stages) >= 3, f"kills hit only {stages}"
+    assert set(AT_WORK) | {"start"} == set(hit), f"kills hit only {sorted(set(hit))}"
 
 
-def _kill_at_random(rng: random.Random, job: Job, driver: Driver) -> tuple[int, float, str] | None:
-    """(steps lost, seconds until it had been at work, stage), or None if the driver was done before."""
-    early, delay = rng.random() < 0.2, rng.uniform(0, 6)
+def _kill_at_random(rng: random.Random, job: Job, driver: Driver, wanted: str) -> tuple[int, float, str]:
+    """(steps lost, seconds until it had been at work, stage): within 6 s of its start, or at a random step of the wanted stage."""
+    if wanted == "start":
+        time.sleep(rng.uniform(0, 6))
+        driver.kill()
+        return 0, 0.0, wanted
+    part, order = rng.random(), list(AT_WORK)
 
-    def stage_at_work() -> str | None:
+    def due() -> str:
         found = driver.progress()
-        if found.get("at", 0) > driver.started and any(unit["step"] < unit["steps"] for unit in found["units"]):
-            return found["stage"]
-        return None
+        if found.get("at", 0) <= driver.started or not any(unit["step"] < unit["steps"] for unit in found["units"]):
+            return ""
+        done = sum(unit["step"] for unit in found["units"]) / sum(unit["steps"] for unit in found["units"])
+        late = order.index(found["stage"]) > order.index(wanted) if found["stage"] in order else False
+        return found["stage"] if late or (found["stage"] == wanted and (wanted not in EVERY or done >= part)) else ""
 
-    if early:
-        time.sleep(delay)
-        stage: str | None = "-"
-    else:
-        while not (stage := stage_at_work()):
-            if driver.ended():
-                return None
-            time.sleep(0.05)
-    waited = 0.0 if early else time.time() - driver.started
-    end = time.monotonic() + delay
-    while not early and time.monotonic() < end:
-        if driver.ended():
-            return None
-        time.sleep(0.05)
-    stage = stage_at_work() or stage
-    assert stage is not None
+    stage = driver.until(due, f"work in {wanted}")
+    waited = time.time() - driver.started
     units = [unit for unit in driver.units(stage).values() if unit["step"] < unit["steps"]]
-    if driver.ended():
-        return None
     driver.kill()
     return (job.lost(stage, units) or 0) if units else 0, waited, stage
 

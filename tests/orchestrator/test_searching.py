@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from orchestrator.config import load_job
 from orchestrator.words import spent
 from orchestrator.workload import workload
 from workers import families, tasks_route
-from workers.contracts import MixturePlan
-from workers.trials import SearchTrial
+from workers.contracts import DenoiserRef, ExpertCheckpoint, MixturePlan
+from workers.tasks_evaluate import load_reference
+from workers.trials import InfluenceTask, SearchTrial
 
 JOB = """
 name: small
@@ -86,6 +88,61 @@ def trials(job: Path) -> dict[str, SearchTrial]:
     read = [json.loads(path.read_text()) for path in (folder_of(job) / "search").glob("*.json")]
     flat = [SearchTrial.from_json(t) for found in read for t in (found if isinstance(found, list) else [found])]
     return {f"{t.plan.agent} {t.plan.seed} {t.plan.budget.ratio:g}": t for t in flat if t.plan}
+
+
+# --- the plan that is best once it is fine-tuned ---------------------------------------------------------------------
+
+PROXIES = ("--set", "finetune={steps: 8, batch_size: 2}", "--set", "router.proxy_steps=2", "--set", "router.seeds=[0]")
+
+
+def test_the_plan_is_chosen_whose_samples_are_closest_after_a_little_fine_tuning(job):
+    result, said = routed(job, *PROXIES)
+    [chosen] = result["chosen"].values()
+    plans = [MixturePlan.from_json(plan) for plan in result["trials"]]
+    distances = {plan.agent: plan.distance for plan in plans}
+    assert all(distance is not None for distance in distances.values())
+    assert chosen["distance"] == min(distances.values())
+    assert "after 2 steps of fine-tuning: " in said
+    assert result["seconds"]["short fine-tuning"] > 0
+    before = len(list(folder_of(job).glob("cache/proxy-*.json")))
+    assert before == len({plan.experts for plan in plans}), "equal plans are tried once"
+    routed(job, *PROXIES, "--set", "router.trials=17")
+    assert not list(folder_of(job).glob("cache/proxy-*.npz"))
+    lowest, said = routed(job, *PROXIES, "--set", "router.proxy_steps=0")
+    assert {plan["distance"] for plan in lowest["trials"]} == {None}
+    [by_loss] = lowest["chosen"].values()
+    assert by_loss["loss"] == min(plan["loss"] for plan in lowest["trials"])
+    assert "search loss: " in said
+
+
+def test_a_proxy_is_the_fine_tuning_of_so_many_steps(job, tmp_path):
+    """Its distance is that of the experts which `finetune` makes of the plan in as many steps."""
+    result, _ = routed(job, *PROXIES)
+    whole = ("--set", "finetune={steps: 2, batch_size: 2, compare: [uniform, greedy, era]}", "--set", "router.proxy_steps=0")
+    done = diffpruning("run", job, "--inline", "--until", "finetune", *PROXIES[4:], *whole)
+    assert done.exit_code == 0, done.output
+    records = [json.loads(path.read_text()) for path in folder_of(job).glob("finetune-????????/done.json")]
+    tuned = max(records, key=lambda record: record["started"])["result"]["experts"]
+    item = _searched_with(job)
+    probe = tasks_route._probe(item)
+    dense = probe.draw_dense()
+    for plan in map(MixturePlan.from_json, result["trials"]):
+        experts = tuple(
+            dataclasses.replace(found, path=str(folder_of(job) / found.path))
+            for found in (ExpertCheckpoint.from_json(tuned[f"{plan.budget.name} {plan.agent} {i.name}"]) for i in plan.partition.intervals)
+        )
+        mixture = load_reference(DenoiserRef("plan", plan, experts), item.route.model)
+        assert probe.distance(dict(enumerate(mixture.experts)), dense) == pytest.approx(plan.distance, rel=1e-4)
+
+
+def _searched_with(job: Path) -> InfluenceTask:
+    """Whose samples route looks at."""
+    found: list[InfluenceTask] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks_route, "draw_dense", lambda session, item: found.append(item) or "")
+        patch.setattr(tasks_route, "proxy_distance", lambda session, item: Path(item.out).write_text('{"distance": 1.0, "seconds": 1.0}'))
+        routed(job, *PROXIES, "--set", "router.proxy_steps=1")
+    return found[-1]
 
 
 # --- one search for all budgets -------------------------------------------------------------------------------------

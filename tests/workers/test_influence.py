@@ -35,7 +35,7 @@ def probe(tmp_path):
 def test_a_perfect_copy_moves_nothing(probe):
     dense = probe.draw_dense()
     for k in range(3):
-        assert probe.distance(k, copy.deepcopy(probe.dense), dense) == pytest.approx(0, abs=1e-6)
+        assert probe.distance({k: copy.deepcopy(probe.dense)}, dense) == pytest.approx(0, abs=1e-6)
 
 
 def test_entering_at_an_interval_gives_the_samples_of_the_whole_way(probe):
@@ -52,7 +52,7 @@ def test_a_larger_error_moves_the_samples_further(probe):
         worse = copy.deepcopy(probe.dense)
         with torch.no_grad():
             worse.conv_out.bias += size
-        found.append(probe.distance(1, worse, dense))
+        found.append(probe.distance({1: worse}, dense))
     assert 0 < found[0] < found[1]
 
 
@@ -66,7 +66,7 @@ def test_batches_change_nothing(probe):
 def test_an_expert_that_serves_no_step_has_no_distance(probe):
     narrow = dataclasses.replace(probe, partition=Partition.from_boundaries([5, 50], 1000))
     assert narrow.entries()[1] is None
-    assert narrow.distance(1, narrow.dense, narrow.draw_dense()) is None
+    assert narrow.distance({1: narrow.dense}, narrow.draw_dense()) is None
 
 
 def test_the_distance_of_shifted_features_is_the_shift_as_a_part_of_the_variance():

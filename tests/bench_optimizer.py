@@ -1,0 +1,91 @@
+"""Which optimiser, learning rate and batch bring a pruned expert's error down? One interval, cut uniformly from the pretrained weights.
+
+    PYTHONPATH=. python tests/bench_optimizer.py MODEL IMAGES --interval 300,650 adamw:4e-4 muon:1e-3 muon:1e-3:8
+                                                 [--images 2400] [--batch 16] [--ratio 0.5] [--device cuda]
+
+Every run gets as many images; OPTIMIZER:RATE[:BATCH]. Prints the squared error against the dense model on held-out images, in units of
+the dense model's own denoising error there, and images/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from workers import checkpoint, data, families, routers, tasks
+from workers.contracts import ArchitectureSpec, ElasticSettings, ExpertTask, ImageTask, Interval, TrainSettings
+from workers.cost import cost_table
+from workers.diffusion import NoiseSchedule, generator
+from workers.elastic import ElasticDenoiser, extract
+from workers.routers.uniform import at_level
+from workers.samples import open_samples
+from workers.session import Session
+
+HELD_OUT = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("runs", nargs="+", metavar="OPTIMIZER:RATE[:BATCH]")
+    parser.add_argument("--interval", default="300,650")
+    parser.add_argument("--images", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, Path(folder))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    config = families.load_config(options.model)
+    cache, interval = str(folder / "images.arrow"), Interval(*map(int, options.interval.split(",")))
+    count = data.build_cache(ImageTask(options.data, config["in_channels"], config["sample_size"], False, "refuse", cache)).count
+    train, held_out = data.split(count, HELD_OUT, 0)
+    precision = "bf16" if options.device != "cpu" else "no"
+    settings = TrainSettings(0, options.batch, 1e-3, 0, 0.0, 0.98, 1.0, precision, 10**6, 0.2, 1.0, 0.5, 0.1, relative_errors=True)
+    elastic = ElasticSettings(8, depth=True, importance="taylor", most_widths=4)
+    task = ExpertTask("finetune", options.model, cache, tuple(train.tolist()), interval, elastic, settings, 0, 128, 0, False)
+    session, table = Session(device=options.device), cost_table(config, elastic)
+    cut = tasks.train_expert(dataclasses.replace(session, folder=str(folder / "cut")), task)
+    fitting = [i / 200 for i in range(401) if table.cost(at_level(table.space, i / 200)).macs <= options.ratio * table.dense.macs]
+    spec, held = at_level(table.space, fitting[-1]), calibration(options, cache, held_out.tolist(), interval)
+    print(
+        f"{table.cost(spec).macs / table.dense.macs:.3f} of the MACs, t {interval.start} to {interval.stop}, {options.images} images a run"
+    )
+    for number, run in enumerate(options.runs):
+        name, rate, *batch = run.split(":")
+        size = int(batch[0]) if batch else options.batch
+        train_settings = dataclasses.replace(
+            settings, optimizer=name, learning_rate=float(rate), batch_size=size, steps=options.images // size, warmup_steps=10
+        )
+        started = time.monotonic()
+        small = dataclasses.replace(task, train=train_settings, source=cut.path, spec=spec)
+        found = tasks.train_expert(dataclasses.replace(session, folder=str(folder / str(number))), small)
+        seconds = time.monotonic() - started
+        source = tasks.load_elastic(cut.path, options.model, task)
+        network = extract(source.model, source.branches, spec)
+        network.load_state_dict(checkpoint.read(found.path, prefix="ema.")[0])
+        error = held.error(ElasticDenoiser(network.to(options.device), ()), ArchitectureSpec({}))
+        print(f"{run:<20} error {error:.4f}   {options.images / seconds:.0f} images/s", flush=True)
+
+
+@torch.no_grad()
+def calibration(options: argparse.Namespace, cache: str, rows: list[int], interval: Interval) -> routers.CalibrationBatch:
+    schedule = NoiseSchedule(families.load_scheduler_config(options.model))
+    clean = open_samples(cache).clean(rows, options.device)
+    t = (interval.start + (torch.arange(len(rows), device=clean.device) + 0.5) * interval.length / len(rows)).long()
+    noise = torch.randn(clean.shape, generator=generator(options.device, 0, "held out"), device=clean.device)
+    noisy, teacher = schedule.noised(clean, noise, t), families.load_denoiser(options.model).to(options.device)
+    return routers.CalibrationBatch(noisy, t, schedule.target(clean, noise, t), routers.predict(teacher, noisy, t, {}))
+
+
+if __name__ == "__main__":
+    main()
