@@ -243,7 +243,7 @@ def _run_text(found: dict[str, Any]) -> str:
 @click.option("--watch", is_flag=True, help="Until the run ends, and leave with its exit code. With --json one document per line.")
 @json_option
 def status(job: str, overrides: tuple[str, ...], watch: bool, as_json: bool) -> None:
-    """Where a run stands: JOB is a job file, a run folder, or its s3:// URI. Any machine that sees the storage will do."""
+    """Where a run stands: JOB is a job file, a run folder, or its s3:// or gs:// URI. Any machine that sees the storage will do."""
     from orchestrator import status as view
 
     if watch:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from orchestrator.registry import Registry, Version
 
 registry_option = click.option(
-    "--registry", "uri", default="registry", show_default=True, help="Folder of the registry, or s3://bucket/prefix?endpoint_override=..."
+    "--registry",
+    "uri",
+    default="registry",
+    show_default=True,
+    help="Folder of the registry, or s3:// or gs://bucket/prefix?endpoint_override=...",
 )
 MODEL = "MODEL[@alias|:version]"
 

@@ -33,16 +33,20 @@ class Storage(Section):
     path: str = Field(
         "runs",
         min_length=1,
-        description="Folder of run folders, relative to the current folder, or s3://bucket/prefix; a run lives in PATH/NAME.",
+        description="Folder of run folders, relative to the current folder, or s3:// or gs://bucket/prefix; a run lives in PATH/NAME.",
     )
     scratch: str | None = Field(
-        None, min_length=1, description="For s3:// alone: folder on the disk of every node, for what it works on. Default: below ~/.cache."
+        None,
+        min_length=1,
+        description="For s3:// and gs:// alone: folder on the disk of every node, for what it works on. Default: below ~/.cache.",
     )
 
 
 class RegistryConfig(Section):
     path: str = Field(
-        "registry", min_length=1, description="Folder of the model registry, relative to the current folder, or s3://bucket/prefix."
+        "registry",
+        min_length=1,
+        description="Folder of the model registry, relative to the current folder, or s3:// or gs://bucket/prefix.",
     )
 
 

@@ -2,7 +2,7 @@
 
     <run>/.lock/00000007     JSON: who holds the run, whether it was given back; when it was last written is its heartbeat
 
-The highest number holds. It is written only if it is not there (``If-None-Match: *``), so of two who want it one gets it. A holder that was
+The highest number holds. It is written only if it is not there (`ObjectStore.create`), so of two who want it one gets it. A holder that was
 not renewed for EXPIRES_S is dead, and the next number takes its place; one that slept so long finds the higher number and stops before it
 writes anything more, and so do its workers, who look before every checkpoint (`workers.mirror`). Time is the store's clock. What cannot be
 excluded: a request of a holder that is given up, or of its workers, already on its way, arrives late.

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from workers.contracts import InputError
-from workers.objects import OPTIONS, ObjectStore
+from workers.objects import KINDS, ObjectStore
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -32,25 +32,20 @@ class Place:
             if scratch is not None:
                 raise InputError(f"storage.scratch is {scratch}, but storage.path {storage} is a folder, which needs none: leave it out")
             return cls(Path(storage).expanduser().resolve() / name)
-        if urlsplit(storage).scheme not in OPTIONS:
-            raise InputError(f"storage.path {storage!r}: is not a local path or s3://bucket/prefix")
+        if urlsplit(storage).scheme not in KINDS:
+            raise InputError(f"storage.path {storage!r}: is not a local path, s3://bucket/prefix or gs://bucket/prefix")
         root = ObjectStore.of(storage, "storage.path")
-        if root.scheme != "s3":
-            raise InputError(
-                f"storage.path {storage!r}: there are no conditional writes on Google Cloud Storage through pyarrow, so two "
-                "drivers could both get the run: use s3://bucket/prefix or a shared folder"
-            )
         below = default_scratch() if scratch is None else Path(scratch).expanduser().resolve()
         run = ObjectStore(root.scheme, root.bucket, "/".join(filter(None, (root.prefix, name))), root.options)
         return cls(below / hashlib.sha256(root.uri("").encode()).hexdigest()[:16] / name, run.uri(""))
 
     @classmethod
     def of_run(cls, uri: str) -> Place:
-        """The place of the run that a URI names: ``s3://bucket/runs/NAME``. Raises: InputError."""
+        """The place of the run that a URI names: ``s3://bucket/runs/NAME`` or ``gs://...``. Raises: InputError."""
         path, mark, options = uri.partition("?")
         storage, _, name = path.rstrip("/").rpartition("/")
         if not _NAME.fullmatch(name) or storage.endswith("/"):
-            raise InputError(f"{uri!r}: is not the URI of a run, s3://bucket/prefix/NAME")
+            raise InputError(f"{uri!r}: is not the URI of a run, s3://bucket/prefix/NAME or gs://bucket/prefix/NAME")
         return cls.of(storage + mark + options, name)
 
 

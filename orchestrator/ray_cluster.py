@@ -423,7 +423,8 @@ def _check_nodes(marker: Path, mirror: Mirror | None = None) -> None:
         other += [f"{asked[ref]} has {', '.join(odd)}"] * bool(odd)
     if blind and mirror is not None:
         raise InputError(
-            f"storage.path: {mirror.uri} cannot be used by {', '.join(blind)}: every node needs to reach it, boto3, and credentials"
+            f"storage.path: {mirror.uri} cannot be used by {', '.join(blind)}: every node needs to reach it, "
+            f"{mirror.store.kind.LIBRARY}, and credentials"
         )
     if blind:
         raise InputError(

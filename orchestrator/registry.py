@@ -21,7 +21,7 @@ from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, Files, LocalFil
 from orchestrator.registry_objects import ObjectFiles
 from workers.contracts import GOLDEN, InputError, MixtureManifest, VerificationError
 from workers.files import is_plain
-from workers.objects import OPTIONS
+from workers.objects import KINDS
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
@@ -89,7 +89,7 @@ class Registry:
         is_uri = ":/" in text
         scheme = text.partition(":")[0].lower() if is_uri else ""
         self.files: Files
-        if scheme in OPTIONS:
+        if scheme in KINDS:
             self.files = ObjectFiles.of(re.sub("^[^:]*:/+", f"{scheme}://", text), "registry")  # a Path has one slash
         elif not text or (is_uri and not text.startswith("file:///")) or not text.isprintable():
             known = "a local path, file:///absolute/path, s3://bucket/prefix or gs://bucket/prefix"

@@ -4,13 +4,11 @@
     <root>/<name>/<number>/SHA256SUMS            one version: which blobs it consists of
     <root>/<name>/.aliases/<alias>/<n>/event.json
 
-A version is one small object that is written last and only if it is not there (``If-None-Match: *``), so of two who want one number one
-gets it, and everything that it names is there before it is seen. Assumed of the store: reads and lists see what was written before
-(S3 since 2020, MinIO, Ceph, R2), and conditional writes. The first write of a registry checks that conditions are not ignored.
-Reading goes through pyarrow. Writing goes through boto3, since pyarrow's requests cannot be conditional, and an upload that fails in the
-middle must be given up, where pyarrow would finish it. Google Cloud Storage (``gs://``) can therefore be read, not written.
-A killed publisher leaves blobs that nothing names, and at worst the parts of an unfinished upload, which only a lifecycle rule of the
-bucket removes; gc deletes such blobs after a day. A publisher must therefore be done within that day.
+A version is one small object that is written last and only if it is not there (`workers.objects`), so of two who want one number one
+gets it, and everything that it names is there before it is seen. The first write of a registry checks that conditions are not ignored.
+A killed publisher leaves blobs that nothing names, and on S3 at worst the parts of an unfinished upload, which only a lifecycle rule of the
+bucket removes (on Google Cloud Storage they go by themselves); gc deletes such blobs after a day. A publisher must therefore be done within
+that day.
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ class ObjectFiles(ObjectStore):
         self.require_conditions()
 
     def holdings(self, folder: str) -> dict[str, set[str]]:
-        above, found = self._key(folder) + "/", dict[str, set[str]]()
-        for info in self._list(folder, recursive=True):
-            name, _, rest = info.path.removeprefix(above).partition("/")
-            if rest and info.is_file:
+        found = dict[str, set[str]]()
+        for path in self.listing(folder):
+            name, _, rest = path.removeprefix(f"{folder}/").partition("/")
+            if rest:
                 found.setdefault(name, set()).add(rest)
         return found
 
@@ -64,9 +62,10 @@ class ObjectFiles(ObjectStore):
 
     def debris(self, doomed: list[str], begun: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
         now = time.time()
-        for info in self._list(BLOBS, recursive=False):
-            if info.is_file and info.base_name not in referenced:
-                yield f"{BLOBS}/{info.base_name}", info.size, now - info.mtime.timestamp()
+        for path, blob in self.listing(BLOBS).items():
+            digest = path.removeprefix(f"{BLOBS}/")
+            if "/" not in digest and digest not in referenced:
+                yield path, blob.size, now - blob.written
 
     def drop(self, path: str) -> None:
         self.delete(path)
@@ -74,13 +73,11 @@ class ObjectFiles(ObjectStore):
     def _upload(self, path: Path) -> str:
         """Make a local file's bytes a blob; its sha256."""
         before, digest = path.stat(), sha256_file(path)
-        key = self._key(f"{BLOBS}/{digest}")
-        with self._told(f"{BLOBS}/{digest}"):
-            there = self._fs.get_file_info(key)
-            if not (there.is_file and there.size == before.st_size):
-                self._s3.upload(path, key)
-            elif time.time() - there.mtime.timestamp() > REFRESH_S:
-                self._s3.refresh(key, there.size, path)
+        there = self.find(f"{BLOBS}/{digest}")
+        if there is None or there.size != before.st_size:
+            self.upload(path, f"{BLOBS}/{digest}")
+        elif time.time() - there.written > REFRESH_S:
+            self.refresh(f"{BLOBS}/{digest}", there.size, path)
         after = path.stat()
         if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             self.delete(f"{BLOBS}/{digest}")  # its bytes may be others than its name says

@@ -1,4 +1,4 @@
-"""A tiny whole job on an object store, and machines that share nothing but it: what tests of `storage.path: s3://` have in common."""
+"""A tiny whole job on an object store, and machines that share nothing but it: what tests of runs on buckets have in common."""
 
 import io
 import json

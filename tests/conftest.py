@@ -42,6 +42,32 @@ def s3_server():
     server.close()
 
 
+@pytest.fixture(scope="session")
+def gcs_server():
+    """A server on 127.0.0.1 that speaks the API of Google Cloud Storage."""
+    from tests.gcs import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def gcs(gcs_server, monkeypatch):
+    """The server, which needs no credentials."""
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    gcs_server.quiet()
+    yield gcs_server
+    gcs_server.quiet()
+
+
+@pytest.fixture(params=["s3", "gs"])
+def server(request):
+    """An object store of either kind."""
+    return request.getfixturevalue({"s3": "s3", "gs": "gcs"}[request.param])
+
+
 @pytest.fixture
 def s3(s3_server, monkeypatch):
     """The server, and its credentials in the environment."""

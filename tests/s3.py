@@ -28,11 +28,10 @@ class Server:
     """
 
     def __init__(self) -> None:
-        from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+        app, lock = self.app(), threading.Lock()
         self.on_write: Callable[[str], bool | None] | None = None
         self.faults: Iterator[str] = itertools.repeat("")
         self.requests: list[tuple[str, str]] = []
@@ -43,21 +42,20 @@ class Server:
             length = None if environ.get("wsgi.input_terminated") else int(environ.get("CONTENT_LENGTH") or 0)
             body = environ["wsgi.input"].read(*([] if length is None else [length]))
             if length is not None and len(body) < length:
-                return refused(start_response, "400 Bad Request", "IncompleteBody")
+                return self.refused(start_response, "400 Bad Request", "IncompleteBody")
             with lock:
                 self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
                 if self.ignores_conditions:
-                    environ.pop("HTTP_IF_NONE_MATCH", None)
-                fault = next(self.faults) if "HTTP_IF_NONE_MATCH" in environ else ""
+                    self.drop_condition(environ)
+                fault = next(self.faults) if self.is_conditional(environ) else ""
                 if (writes and self.on_write and self.on_write("before")) or fault == "busy":
-                    return refused(start_response, "409 Conflict", "ConditionalRequestConflict")
+                    return self.refused(start_response, *self.BUSY)
                 told = []
                 answer = list(app({**environ, "wsgi.input": io.BytesIO(body)}, lambda *status: told.append(status)))
                 if writes and self.on_write:
                     self.on_write("after")
                 if fault and told[0][0].startswith("200"):
-                    gone = ("500 Internal Server Error", "InternalError")
-                    return refused(start_response, *(gone if fault == "lost" else ("409 Conflict", "ConditionalRequestConflict")))
+                    return self.refused(start_response, *(self.LOST if fault == "lost" else self.BUSY))
                 start_response(*told[0])
                 return answer
 
@@ -65,6 +63,24 @@ class Server:
         self.endpoint = f"127.0.0.1:{self._server.port}"
         self._names = itertools.count(1)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    BUSY = ("409 Conflict", "ConditionalRequestConflict")
+    LOST = ("500 Internal Server Error", "InternalError")
+
+    def app(self) -> Callable:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+
+        return DomainDispatcherApplication(create_backend_app)
+
+    def is_conditional(self, environ: dict) -> bool:
+        return "HTTP_IF_NONE_MATCH" in environ
+
+    def drop_condition(self, environ: dict) -> None:
+        environ.pop("HTTP_IF_NONE_MATCH", None)
+
+    def refused(self, start_response, status: str, code: str) -> list[bytes]:
+        start_response(status, [("Content-Type", "application/xml")])
+        return [f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>made up by a test</Message></Error>".encode()]
 
     def quiet(self) -> None:
         """As it was when it was new."""
@@ -89,15 +105,21 @@ class Server:
 
     def keys(self, uri: str) -> dict[str, int]:
         """Every object of a registry -> its bytes."""
-        bucket, prefix = uri.removeprefix("s3://").partition("?")[0].split("/", 1)
+        bucket, prefix = place(uri)
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
         return {found["Key"].removeprefix(f"{prefix}/"): found["Size"] for page in pages for found in page.get("Contents", [])}
+
+    def put(self, uri: str, key: str, content: bytes) -> None:
+        """As somebody else would."""
+        bucket, prefix = place(uri)
+        self.client().put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=content)
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
 
-def refused(start_response, status: str, code: str) -> list[bytes]:
-    start_response(status, [("Content-Type", "application/xml")])
-    return [f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>made up by a test</Message></Error>".encode()]
+def place(uri: str) -> tuple[str, str]:
+    """Bucket and prefix."""
+    bucket, _, prefix = uri.partition("://")[2].partition("?")[0].partition("/")
+    return bucket, prefix

@@ -1,4 +1,5 @@
-"""Runs on an object store, against a real S3 server: the bits of a run in a folder, wherever it goes on; one driver; clean refusals."""
+"""Runs on an object store, against a real S3 server, and Google's library against one that speaks its API: the bits of a run in a folder,
+wherever it goes on; one driver; clean refusals."""
 
 import functools
 import itertools
@@ -23,7 +24,7 @@ from orchestrator.store import RunStore
 from tests.buckets import Bucket, diffpruning, new_bucket, published, write_job
 from tests.orchestrator import test_run_latent
 from tests.s3 import ENVIRONMENT
-from workers import checkpoint, files, tasks_route
+from workers import checkpoint, files, objects_gcs, tasks_route
 from workers.contracts import InputError, RunFailed
 from workers.mirror import Mirror, works
 from workers.nodes import this_node
@@ -31,6 +32,8 @@ from workers.objects import ObjectStore
 from workers.session import Session
 
 ROOT = Path(__file__).parents[2]
+AWS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION")
+GOOGLE = ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS")
 STAGES = ["analyze", "partition", "specialize", "route", "finetune", "publish"]
 
 
@@ -38,7 +41,7 @@ STAGES = ["analyze", "partition", "specialize", "route", "finetune", "publish"]
 def credentials(tmp_path_factory):
     """Those of the server, for this module's fixtures too; nothing of ours goes to the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        for name in (*AWS, *GOOGLE):
             patch.delenv(name, raising=False)
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -53,8 +56,12 @@ def folder(tmp_path_factory, emoji, emoji_images) -> Path:
 
 
 @pytest.fixture
-def bucket(s3_server, folder, tmp_path) -> Bucket:
-    return new_bucket(s3_server, folder, tmp_path)
+def bucket(request, folder, tmp_path) -> Bucket:
+    """Of S3, or of the kind that a test asks for."""
+    return new_bucket(request.getfixturevalue(getattr(request, "param", "s3_server")), folder, tmp_path)
+
+
+both = pytest.mark.parametrize("bucket", ["s3_server", "gcs_server"], indirect=True, ids=["s3", "gs"])
 
 
 def refusal(result: Result, code: int = 2) -> str:
@@ -159,6 +166,7 @@ def test_reports_evaluations_and_sweeps_go_to_the_store(done):
 
 
 @pytest.mark.slow
+@both
 def test_a_run_killed_in_specialize_goes_on_on_another_machine_with_the_same_bits(bucket, local, monkeypatch):
     command = [sys.executable, "-m", "orchestrator", "run", str(bucket.folder / "job.yaml"), "--inline", *bucket.options()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -314,6 +322,7 @@ def resumed(store: ObjectStore, folder: Path) -> tuple[float, list[str]]:
         return float(checkpoint.read(found)[0]["x"][0]), session.broken
 
 
+@both
 def test_the_newest_two_checkpoints_are_kept_and_only_the_tensors_that_are_read_are_fetched(trained, tmp_path):
     steps = {f"train/unit/step_000000{step}/{name}" for step in (2, 3) for name in ("checkpoint.json", "state.safetensors")}
     assert set(trained.listing("train")) == steps
@@ -321,12 +330,14 @@ def test_the_newest_two_checkpoints_are_kept_and_only_the_tensors_that_are_read_
     assert [path.parent.name for path in (tmp_path / "other").rglob("state.safetensors")] == ["step_0000003"]
 
 
+@both
 def test_a_checkpoint_whose_description_was_not_sent_is_none(trained, tmp_path):
     trained.delete("train/unit/step_0000003/checkpoint.json")
     assert resumed(trained, tmp_path / "other") == (2.0, [])
     assert resumed(trained, tmp_path / "trainer")[0] == 2.0, "the machine that was killed while it sent it"
 
 
+@both
 def test_a_damaged_checkpoint_is_passed_over_and_named(trained, tmp_path):
     trained.put("train/unit/step_0000003/state.safetensors", b"cut off")
     step, [told] = resumed(trained, tmp_path / "other")
@@ -341,10 +352,13 @@ def store(bucket) -> ObjectStore:
     return ObjectStore.of(bucket.run, "run")
 
 
+@both
 def test_of_two_drivers_one_gets_the_run_and_the_next_when_it_is_given_back(store):
     first, second = Lease(store, "one"), Lease(store, "two")
     first.take()
-    with pytest.raises(InputError, match=r"another diffpruning is running in s3://.*last heard of \d+ s ago\).*its lock ends in \d+ s"):
+    with pytest.raises(
+        InputError, match=r"another diffpruning is running in (s3|gs)://.*last heard of \d+ s ago\).*its lock ends in \d+ s"
+    ):
         second.take()
     first.give_back()
     second.take()
@@ -372,6 +386,7 @@ def test_a_driver_that_slept_finds_its_run_taken_and_finishes_nothing_more(store
         sleeper.require_held()
 
 
+@both
 def test_a_living_driver_that_loses_its_run_is_interrupted(store, monkeypatch):
     lost = []
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
@@ -384,6 +399,7 @@ def test_a_living_driver_that_loses_its_run_is_interrupted(store, monkeypatch):
     assert lost
 
 
+@both
 def test_what_the_store_has_not_is_not_finished(bucket):
     store = RunStore(bucket.scratch(), bucket.run)
     store.refresh()
@@ -405,12 +421,9 @@ def test_what_the_store_has_not_is_not_finished(bucket):
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("ftp://bucket/runs", "storage.path 'ftp://bucket/runs': is not a local path or s3://bucket/prefix"),
-        (
-            "gs://bucket/runs",
-            "storage.path 'gs://bucket/runs': there are no conditional writes on Google Cloud Storage through pyarrow, so",
-        ),
-        ("gs://KEY:hush@bucket/runs", "storage.path gs://...: a URI must not hold credentials"),
+        ("ftp://bucket/runs", "storage.path 'ftp://bucket/runs': is not a local path, s3://bucket/prefix or gs://bucket/prefix"),
+        ("gs://bucket/runs?region=here", "storage.path 'gs://bucket/runs?region=here': unknown option 'region': known are endpoint"),
+        ("gs://KEY:hush@bucket/runs", "storage.path gs://...: a URI must not hold credentials: name their file in GOOGLE_APPLICATION_CRED"),
         ("s3://KEY:hush@bucket/runs", "storage.path s3://...: a URI must not hold credentials: put them into AWS_ACCESS_KEY_ID and"),
         ("s3://bucket/runs?secret_key=hush", "storage.path s3://...: a URI must not hold credentials"),
         ("s3://bucket/runs?color=red", "storage.path 's3://bucket/runs?color=red': unknown option 'color': known are endpoint_override"),
@@ -429,40 +442,52 @@ def test_a_scratch_folder_is_for_object_stores(folder):
     assert told == "storage.scratch is x, but storage.path runs is a folder, which needs none: leave it out"
 
 
+NO_BUCKET = re.compile("NoSuchBucket|The specified bucket does not exist")
+
+
+@both
 def test_a_bucket_that_is_not_there_is_refused_before_anything_is_written(bucket, tmp_path):
-    elsewhere = Bucket(bucket.server, bucket.uri.replace("s3://bucket-", "s3://nobody-"), bucket.folder, tmp_path)
+    elsewhere = Bucket(bucket.server, bucket.uri.replace("://bucket-", "://nobody-"), bucket.folder, tmp_path)
     told = refusal(elsewhere.command("run", "--inline"))
-    assert told.startswith("storage.path: s3://nobody-") and "NoSuchBucket" in told
+    assert re.match("storage.path: (s3|gs)://nobody-", told) and NO_BUCKET.search(told)
     assert not (tmp_path / "registry").exists()
 
 
-def test_a_store_that_does_not_answer_is_refused(folder, tmp_path):
-    uri = "s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http&region=here"
+@pytest.mark.parametrize(("kind", "option"), [("s3", "&region=here"), ("gs", "")])
+def test_a_store_that_does_not_answer_is_refused(folder, tmp_path, monkeypatch, kind, option):
+    monkeypatch.setattr(objects_gcs, "PATIENCE_S", 1)
+    uri = f"{kind}://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http{option}"
     sets = ("--set", f"storage.path={uri}", "--set", f"storage.scratch={tmp_path}")
     told = refusal(diffpruning("plan", folder / "job.yaml", *sets))
-    assert told.startswith("storage.path: s3://bucket/runs/small?") and "see that the bucket" in told
+    assert told.startswith(f"storage.path: {kind}://bucket/runs/small?") and "see that the bucket" in told
 
 
+@both
 def test_a_node_that_cannot_use_the_store_says_why(bucket, tmp_path, monkeypatch):
     assert this_node("", Mirror(str(tmp_path), bucket.run)).sees
-    found = this_node("", Mirror(str(tmp_path), bucket.run.replace("s3://bucket-", "s3://nobody-")))
-    assert not found.sees and "NoSuchBucket" in found.why
-    monkeypatch.setitem(sys.modules, "boto3", None)
+    found = this_node("", Mirror(str(tmp_path), bucket.run.replace("://bucket-", "://nobody-")))
+    assert not found.sees and NO_BUCKET.search(found.why)
+    for library in ("boto3", "google.cloud.storage"):
+        monkeypatch.setitem(sys.modules, library, None)
     found = this_node("", Mirror(str(tmp_path), bucket.run))
-    assert not found.sees and found.why == "writing to s3:// needs boto3: pip install 'diffpruning[s3]'"
+    assert not found.sees and found.why in (
+        "writing to s3:// needs boto3: pip install 'diffpruning[s3]'",
+        "gs:// needs google-cloud-storage: pip install 'diffpruning[gcs]'",
+    )
 
 
+@both
 @pytest.mark.parametrize("kind", ["ignores conditions", "foreign"])
 def test_a_store_that_cannot_be_locked_and_a_prefix_of_somebody_else_are_refused(bucket, kind):
     if kind == "foreign":
-        bucket.server.client().put_object(Bucket=bucket_of(bucket).split("/")[1], Key="runs/small/thesis.txt", Body=b"mine")
+        bucket.server.put(bucket.run, "thesis.txt", b"mine")
         told = refusal(bucket.command("run", "--inline"))
         assert told == f"storage.path: {bucket.run} is not empty and holds no run: choose another storage.path or name"
         assert bucket.held() == {"thesis.txt": 4}
         return
     bucket.server.ignores_conditions = True
     try:
-        assert "the store ignores If-None-Match" in refusal(bucket.command("run", "--inline"))
+        assert re.search("the store ignores (If-None-Match|ifGenerationMatch)", refusal(bucket.command("run", "--inline")))
     finally:
         bucket.server.ignores_conditions = False
     assert set(bucket.held()) == {".conditional"}

@@ -121,10 +121,10 @@ Registry(sys.argv[1]).publish("quickstart", mixtures.manifest("run-b"), Path(sys
 
 
 @pytest.mark.slow
-def test_a_publisher_to_a_bucket_killed_at_any_request_leaves_no_visible_version(tmp_path, s3):
+def test_a_publisher_to_a_bucket_killed_at_any_request_leaves_no_visible_version(tmp_path, server):
     source, outcomes = mixtures.folder(tmp_path / "source", own=b"b", shared=b"other"), []
     for moment in range(1, 100):
-        s3.on_write, uri = None, s3.new_registry()
+        server.on_write, uri = None, server.new_registry()
         registry = Registry(uri)
         registry.publish("quickstart", mixtures.manifest("run-a"), mixtures.folder(tmp_path / "first"))
         command = [sys.executable, "-c", PUBLISH, uri, str(source)]
@@ -137,15 +137,15 @@ def test_a_publisher_to_a_bucket_killed_at_any_request_leaves_no_visible_version
                 process.wait()
             return is_now  # before it is carried out, the request goes with its sender; else it would depend on how fast it was sent
 
-        s3.on_write = kill
+        server.on_write = kill
         status = process.wait()
-        s3.on_write = None
+        server.on_write = None
         versions = registry.versions()
         assert [registry.verify(version) for version in versions] == [4] * len(versions)
         outcomes.append((status, len(versions)))
         clean(registry, grace_hours=0)
         needed = {digest for version in versions for digest in version.sums().values()}
-        assert {path.removeprefix(".blobs/") for path in s3.keys(uri) if path.startswith(".blobs/")} == needed
+        assert {path.removeprefix(".blobs/") for path in server.keys(uri) if path.startswith(".blobs/")} == needed
         assert [registry.verify(version) for version in versions] == [4] * len(versions)
         if status == 0:
             break
@@ -261,12 +261,12 @@ def shared(kind: str, tmp_path: Path, request) -> str:
     """The URI of a registry; a bucket is busy with others now and then, or loses its answer."""
     if kind == "local":
         return str(tmp_path / "registry")
-    server = request.getfixturevalue("s3")
+    server = request.getfixturevalue({"s3": "s3", "gs": "gcs"}[kind])
     server.faults = itertools.cycle(["", "", "busy", "", "lost", "", "busy after"])
     return server.new_registry()
 
 
-@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.slow), pytest.param("gs", marks=pytest.mark.slow)])
 def test_six_publish_and_promote_at_once_and_nothing_is_lost(tmp_path, kind, request):
     uri = shared(kind, tmp_path, request)
     made, read = crowd(uri, tmp_path, 6, 1, 300)

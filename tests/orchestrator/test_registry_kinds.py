@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from orchestrator import aliases
 from orchestrator.aliases import Conflict
@@ -16,15 +18,16 @@ from orchestrator.registry import Registry, is_published
 from orchestrator.registry_clean import clean, remove
 from orchestrator.registry_pull import local, pull
 from tests import mixtures
+from workers import objects_gcs
 from workers.contracts import InputError, RunFailed, VerificationError
 
 
 class Shelf:
-    """A registry of either kind, and what lies in it."""
+    """A registry of any kind, and what lies in it. ``server``: of the bucket; None: it is on a disk."""
 
-    def __init__(self, kind: str, tmp_path: Path, s3) -> None:
-        self.kind, self.s3, self.sources = kind, s3, tmp_path / "sources"
-        self.uri = str(tmp_path / "registry") if kind == "local" else s3.new_registry()
+    def __init__(self, tmp_path: Path, server=None) -> None:
+        self.server, self.sources = server, tmp_path / "sources"
+        self.uri = str(tmp_path / "registry") if server is None else server.new_registry()
         self.registry = Registry(self.uri)
 
     def publish(self, run: str = "run-a", name: str = "quickstart", **numbers):
@@ -32,18 +35,17 @@ class Shelf:
         return self.registry.publish(name, mixtures.manifest(run, name, **numbers), source)
 
     def state(self) -> dict:
-        return mixtures.tree(Path(self.uri)) if self.kind == "local" else self.s3.keys(self.uri)
+        return mixtures.tree(Path(self.uri)) if self.server is None else self.server.keys(self.uri)
 
     def blobs(self) -> list[str]:
         return sorted(path for path in self.state() if path.startswith(".blobs/"))
 
     def damage(self, version, path: str) -> None:
-        if self.kind == "local":
+        if self.server is None:
             (version.path / path).chmod(0o644)
             (version.path / path).write_bytes(b"damaged")
         else:
-            bucket, prefix = self.uri.removeprefix("s3://").partition("?")[0].split("/")
-            self.s3.client().put_object(Bucket=bucket, Key=f"{prefix}/.blobs/{version.sums()[path]}", Body=b"damaged")
+            self.server.put(self.uri, f".blobs/{version.sums()[path]}", b"damaged")
 
     def command(self, *arguments: object) -> Result:
         return CliRunner().invoke(main, ["registry", *map(str, arguments), "--registry", self.uri], catch_exceptions=False)
@@ -51,12 +53,12 @@ class Shelf:
 
 @pytest.fixture
 def shelf(request, tmp_path) -> Shelf:
-    return Shelf(request.param, tmp_path, request.getfixturevalue("s3") if request.param == "s3" else None)
+    return Shelf(tmp_path, None if request.param == "local" else request.getfixturevalue({"s3": "s3", "gs": "gcs"}[request.param]))
 
 
-both = pytest.mark.parametrize("shelf", ["local", "s3"], indirect=True)
-both_slowly = pytest.mark.parametrize("shelf", ["local", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
-"""As ``both``; what is left for a bucket is long there and says little that the others do not."""
+every = pytest.mark.parametrize("shelf", ["local", "s3", "gs"], indirect=True)
+both = pytest.mark.parametrize("shelf", ["local", pytest.param("s3", marks=pytest.mark.slow), "gs"], indirect=True)
+"""What is left for a bucket is long there and says little that the others do not."""
 
 
 def refusal(result: Result, code: int) -> str:
@@ -68,7 +70,7 @@ def refusal(result: Result, code: int) -> str:
 # --- versions -------------------------------------------------------------------------------------------------------
 
 
-@both
+@every
 def test_versions_are_numbered_found_and_verified(shelf):
     one, two = shelf.publish("run-a"), shelf.publish("run-b")
     assert [one.reference, two.reference] == ["quickstart:1", "quickstart:2"]
@@ -81,7 +83,7 @@ def test_versions_are_numbered_found_and_verified(shelf):
     assert not is_published(one.where.replace("quickstart/1", "quickstart/3"))
 
 
-@both
+@every
 def test_publishing_again_makes_no_second_version(shelf):
     shelf.publish("run-a"), shelf.publish("run-b")
     before = shelf.state()
@@ -89,20 +91,20 @@ def test_publishing_again_makes_no_second_version(shelf):
     assert shelf.state() == before
 
 
-@both
+@every
 def test_an_expert_that_two_versions_share_is_stored_once(shelf):
     shelf.publish("run-a")
     before = shelf.blobs()
     version = shelf.publish("run-b")
     new = set(shelf.blobs()) - set(before)
-    own = {version.sums()[path] for path in ("model-00002-of-00002.safetensors", *(["manifest.json"] if shelf.kind == "s3" else []))}
+    own = {version.sums()[path] for path in ("model-00002-of-00002.safetensors", *(["manifest.json"] if shelf.server else []))}
     assert new == {f".blobs/{digest}" for digest in own}
-    if shelf.kind == "local":
+    if shelf.server is None:
         shared = [path for path in Path(shelf.uri).rglob("*") if path.is_file() and path.read_bytes() == mixtures.SHARED]
         assert len(shared) == 3 and len({path.stat().st_ino for path in shared}) == 1
 
 
-@both
+@every
 def test_a_damaged_file_is_found_and_the_others_are_listed(shelf):
     first, _ = shelf.publish("run-a"), shelf.publish("run-b")
     shelf.damage(first, "model-00002-of-00002.safetensors")
@@ -112,7 +114,7 @@ def test_a_damaged_file_is_found_and_the_others_are_listed(shelf):
     assert shelf.command("list").exit_code == 0
 
 
-@both_slowly
+@both
 def test_reading_changes_nothing(shelf):
     shelf.publish("run-a")
     before = shelf.state()
@@ -135,7 +137,7 @@ def moves(shelf, alias: str = "champion") -> list[tuple]:
     return [(e.number, e.action, e.previous, e.version) for e in aliases.history(shelf.registry.files, "quickstart", alias)]
 
 
-@both_slowly
+@both
 def test_an_alias_moves_and_every_move_stays_in_its_history(shelf):
     one, two = shelf.publish("run-a"), shelf.publish("run-b")
     assert promote(shelf.registry, one, "champion").version == 1
@@ -153,7 +155,7 @@ def test_an_alias_moves_and_every_move_stays_in_its_history(shelf):
         shelf.registry.resolve("quickstart@best")
 
 
-@both_slowly
+@both
 def test_rollback_undoes_promotions_one_by_one_and_passes_over_removed_versions(shelf):
     versions = [shelf.publish(f"run-{i}") for i in range(4)]
     for version in versions:
@@ -168,7 +170,7 @@ def test_rollback_undoes_promotions_one_by_one_and_passes_over_removed_versions(
     assert len(moves(shelf)) == 8
 
 
-@both
+@every
 def test_a_move_that_came_first_is_a_conflict_and_nothing_changes(shelf, monkeypatch):
     one, two, three = (shelf.publish(f"run-{i}") for i in range(3))
     promote(shelf.registry, one, "champion")
@@ -189,7 +191,7 @@ def test_a_move_that_came_first_is_a_conflict_and_nothing_changes(shelf, monkeyp
     assert moves(shelf) == [(1, "promote", None, 1), (2, "promote", 1, 3)]
 
 
-@both_slowly
+@both
 def test_what_is_not_good_enough_or_not_whole_is_not_promoted(shelf):
     one, two = shelf.publish("run-a", frechet=7.0), shelf.publish("run-b", frechet=7.5)
     assert shelf.command("promote", "quickstart:1", "--require", "fd<=7").exit_code == 0
@@ -205,7 +207,7 @@ def test_what_is_not_good_enough_or_not_whole_is_not_promoted(shelf):
 # --- removing -------------------------------------------------------------------------------------------------------
 
 
-@both
+@every
 def test_a_removed_version_is_gone_and_its_number_is_not_used_again(shelf):
     shelf.publish("run-a"), shelf.publish("run-b")
     assert shelf.command("rm", "quickstart:2").exit_code == 0
@@ -216,7 +218,7 @@ def test_a_removed_version_is_gone_and_its_number_is_not_used_again(shelf):
         assert "give the version's number" in refusal(shelf.command("rm", model), 2)
 
 
-@both_slowly
+@both
 def test_what_an_alias_names_is_not_removed(shelf):
     version = shelf.publish("run-a")
     shelf.publish("run-b")
@@ -226,7 +228,7 @@ def test_what_an_alias_names_is_not_removed(shelf):
     assert shelf.state() == before
 
 
-@both_slowly
+@both
 def test_a_removal_gives_way_to_a_promotion_at_the_same_time(shelf, monkeypatch):
     version = shelf.publish("run-a")
     put = type(shelf.registry.files).put
@@ -244,7 +246,7 @@ def test_a_removal_gives_way_to_a_promotion_at_the_same_time(shelf, monkeypatch)
     assert shelf.registry.verify(shelf.registry.resolve("quickstart@champion")) == 4
 
 
-@both
+@every
 def test_a_promotion_gives_way_to_a_removal_that_looked_before(shelf, monkeypatch):
     one, two = shelf.publish("run-a"), shelf.publish("run-b")
     promote(shelf.registry, one, "champion")
@@ -261,7 +263,7 @@ def test_a_promotion_gives_way_to_a_removal_that_looked_before(shelf, monkeypatc
     assert shelf.registry.resolve("quickstart@champion") == one
 
 
-@both_slowly
+@both
 def test_gc_keeps_what_is_named_and_the_newest_and_frees_what_only_the_others_held(shelf):
     versions = [shelf.publish(f"run-{i}") for i in range(5)]
     promote(shelf.registry, versions[1], "champion")
@@ -271,7 +273,7 @@ def test_gc_keeps_what_is_named_and_the_newest_and_frees_what_only_the_others_he
     assert told["versions"] == ["quickstart:1", "quickstart:3"] and shelf.state() == before
     done = json.loads(shelf.command("gc", "--keep-aliased", "--keep-last", 2, "--grace-hours", 0, "--json").stdout)
     assert {**done, "dry_run": True} == told
-    assert set(blobs) - set(shelf.blobs()) == set(done["debris"]) and len(done["debris"]) == (4 if shelf.kind == "s3" else 2)
+    assert set(blobs) - set(shelf.blobs()) == set(done["debris"]) and len(done["debris"]) == (4 if shelf.server else 2)
     assert [version.reference for version in shelf.registry.versions()] == ["other:1", "quickstart:2", "quickstart:4", "quickstart:5"]
     assert [shelf.registry.verify(version) for version in shelf.registry.versions()] == [4] * 4
     assert clean(shelf.registry, "other", keep_aliased=True).versions == []  # the newest stays
@@ -279,11 +281,11 @@ def test_gc_keeps_what_is_named_and_the_newest_and_frees_what_only_the_others_he
     assert shelf.publish("run-2").number == 6
 
 
-@both
+@every
 def test_gc_leaves_the_young_alone_and_versions_that_it_was_not_told_to_remove(shelf):
     for i in range(3):
         shelf.publish(f"run-{i}")
-    if shelf.kind == "local":
+    if shelf.server is None:
         leftover = Path(shelf.uri) / "quickstart" / ".publishing-1-aa"
         leftover.mkdir()
         (leftover / "weights").write_bytes(b"half")
@@ -296,7 +298,7 @@ def test_gc_leaves_the_young_alone_and_versions_that_it_was_not_told_to_remove(s
     assert len(shelf.registry.versions()) == 3 and not any(path.endswith("0" * 64) or "publishing" in path for path in shelf.state())
 
 
-@both_slowly
+@both
 def test_gc_refuses_when_it_cannot_know_what_is_needed(shelf):
     versions = [shelf.publish(f"run-{i}") for i in range(2)]
     promote(shelf.registry, versions[0], "champion")
@@ -311,7 +313,7 @@ def test_gc_refuses_when_it_cannot_know_what_is_needed(shelf):
 # --- copies ---------------------------------------------------------------------------------------------------------
 
 
-@both_slowly
+@both
 def test_a_pulled_folder_holds_the_published_files_and_nothing_else(shelf, tmp_path):
     version = shelf.publish("run-a")
     assert shelf.command("pull", "quickstart", "--out", tmp_path / "copy").exit_code == 0
@@ -320,11 +322,11 @@ def test_a_pulled_folder_holds_the_published_files_and_nothing_else(shelf, tmp_p
     assert json.loads(copy["manifest.json"]) == version.manifest().to_json()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert json.loads(shelf.command("pull", "quickstart", "--out", tmp_path / "copy", "--json").stdout)["fetched_bytes"] == 0
-    if shelf.kind == "local":
+    if shelf.server is None:
         assert (tmp_path / "copy" / "config.json").stat().st_nlink == 1  # a copy is the user's to change
 
 
-@both
+@every
 def test_a_killed_pull_is_continued_in_the_middle_of_a_file(shelf, tmp_path):
     version, beside = shelf.publish("run-a"), tmp_path / ".copy.pulling"
     digest = version.sums()["model-00001-of-00002.safetensors"]
@@ -339,7 +341,7 @@ def test_a_killed_pull_is_continued_in_the_middle_of_a_file(shelf, tmp_path):
     assert len(mixtures.tree(tmp_path / "copy")) == 7 and not beside.exists()
 
 
-@both_slowly
+@both
 def test_a_wrong_rest_of_a_killed_pull_is_fetched_again(shelf, tmp_path):
     version = shelf.publish("run-a")
     digest = version.sums()["model-00001-of-00002.safetensors"]
@@ -349,7 +351,7 @@ def test_a_wrong_rest_of_a_killed_pull_is_fetched_again(shelf, tmp_path):
     assert (tmp_path / "copy" / "model-00001-of-00002.safetensors").read_bytes() == mixtures.SHARED
 
 
-@both_slowly
+@both
 def test_a_damaged_version_is_not_pulled_and_a_foreign_folder_not_touched(shelf, tmp_path):
     version = shelf.publish("run-a")
     (tmp_path / "mine").mkdir()
@@ -363,22 +365,22 @@ def test_a_damaged_version_is_not_pulled_and_a_foreign_folder_not_touched(shelf,
     assert mixtures.tree(tmp_path / "mine") == {"thesis.tex": b"precious"}
 
 
-@both_slowly
+@both
 def test_a_version_is_used_where_it_lies_or_from_a_cache(shelf, tmp_path):
     version = shelf.publish("run-a")
     folder = local(shelf.registry, version, tmp_path / "cache")
-    assert (folder == version.path) if shelf.kind == "local" else folder.is_relative_to(tmp_path / "cache")
+    assert (folder == version.path) if shelf.server is None else folder.is_relative_to(tmp_path / "cache")
     assert (folder / "config.json").read_text() == "{}"
-    if shelf.kind == "s3":
-        requests = len(shelf.s3.requests)
+    if shelf.server:
+        requests = len(shelf.server.requests)
         assert local(shelf.registry, version, tmp_path / "cache") == folder
-        assert len(shelf.s3.requests) - requests < 8  # manifest and sums, no weights
+        assert len(shelf.server.requests) - requests < 8  # manifest and sums, no weights
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
-@both_slowly
+@both
 def test_diff_names_what_differs_and_nothing_else(shelf):
     shelf.publish("run-a", paired_mse=0.02), shelf.publish("run-b", paired_mse=0.05)
     found = json.loads(shelf.command("diff", "quickstart:1", "quickstart:2", "--json").stdout)
@@ -389,7 +391,7 @@ def test_diff_names_what_differs_and_nothing_else(shelf):
     assert "result   paired_mse: 0.02 -> 0.05  (+0.03)" in shelf.command("diff", "quickstart:1", "quickstart:2").stdout.splitlines()
 
 
-@both_slowly
+@both
 def test_lineage_names_relatives_shared_experts_and_moves(shelf):
     one = shelf.publish("run-a")
     shelf.publish("run-b"), shelf.publish("run-a", name="other")
@@ -404,34 +406,36 @@ def test_lineage_names_relatives_shared_experts_and_moves(shelf):
 # --- buckets alone --------------------------------------------------------------------------------------------------
 
 
-def test_a_version_in_a_bucket_is_blobs_and_one_small_object(tmp_path, s3):
-    shelf = Shelf("s3", tmp_path, s3)
+def test_a_version_in_a_bucket_is_blobs_and_one_small_object(tmp_path, server):
+    shelf = Shelf(tmp_path, server)
     version = shelf.publish("run-a")
     blobs = {f".blobs/{digest}" for digest in version.sums().values()}
     assert set(shelf.state()) == {*blobs, ".conditional", "quickstart/1/SHA256SUMS"}
 
 
-def test_a_store_that_ignores_conditions_is_refused(tmp_path, s3):
-    shelf = Shelf("s3", tmp_path, s3)
-    s3.ignores_conditions = True
-    with pytest.raises(RunFailed, match="the store ignores If-None-Match, so two writers could overwrite each other: nothing was written"):
+def test_a_store_that_ignores_conditions_is_refused(tmp_path, server):
+    shelf = Shelf(tmp_path, server)
+    server.ignores_conditions = True
+    told = "the store ignores (If-None-Match|ifGenerationMatch), so two writers could overwrite each other: nothing was written"
+    with pytest.raises(RunFailed, match=told):
         shelf.publish("run-a")
     assert set(shelf.state()) == {".conditional"}
 
 
-def test_an_old_blob_is_made_new_when_it_is_used_again_so_that_gc_leaves_it(tmp_path, s3, monkeypatch):
-    shelf = Shelf("s3", tmp_path, s3)
+def test_an_old_blob_is_made_new_when_it_is_used_again_so_that_gc_leaves_it(tmp_path, server, monkeypatch):
+    shelf = Shelf(tmp_path, server)
     remove(shelf.registry, shelf.publish("run-a"))
     now = time.time()
     monkeypatch.setattr("orchestrator.registry_objects.time.time", lambda: now + 7200)
-    s3.requests.clear()
+    server.requests.clear()
     shelf.publish("run-b")
     shared = f".blobs/{shelf.registry.resolve('quickstart').sums()['model-00001-of-00002.safetensors']}"
-    assert [method for method, path in s3.requests if path.endswith(shared)] == ["HEAD", "PUT"]
+    asked = [method for method, path in server.requests if path.endswith(shared)]
+    assert asked == (["HEAD", "PUT"] if shelf.uri.startswith("s3") else ["GET", "POST", "POST"])  # a look, and a copy in one step or two
 
 
 def test_credentials_are_in_no_output_and_in_no_object(tmp_path, s3, monkeypatch):
-    shelf = Shelf("s3", tmp_path, s3)
+    shelf = Shelf(tmp_path, s3)
     shelf.publish("run-a")
     said = [shelf.command(*command) for command in (["list", "--json"], ["show", "quickstart"], ["promote", "quickstart"], ["gc"])]
     missing = shelf.uri.replace("bucket-", "no-such-bucket-")
@@ -461,26 +465,42 @@ def test_a_wrong_uri_is_one_line(tmp_path, s3, change, told):
         assert done.exit_code == 2 and told in done.stderr and done.stderr.count("\n") == 1 and "secret@" not in done.stderr
 
 
-def test_a_store_that_does_not_answer_is_one_line_and_exit_code_1(tmp_path, s3, monkeypatch):
+@pytest.mark.parametrize(
+    ("uri", "variables"),
+    [
+        ("s3://bucket/mixtures?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1", "the AWS_* variables"),
+        ("gs://bucket/mixtures?endpoint_override=127.0.0.1:9&scheme=http", "GOOGLE_APPLICATION_CREDENTIALS"),
+    ],
+)
+def test_a_store_that_does_not_answer_is_one_line_and_exit_code_1(s3, gcs, monkeypatch, uri, variables):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    uri = "s3://bucket/mixtures?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    monkeypatch.setattr(objects_gcs, "PATIENCE_S", 1)
     done = CliRunner().invoke(main, ["registry", "list", "--registry", uri], catch_exceptions=False)
     assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("error: s3://bucket/mixtures") and "see that the bucket, endpoint_override and the AWS_*" in done.stderr
+    bucket = uri.partition("?")[0]
+    assert done.stderr.startswith(f"error: {bucket}")
+    assert done.stderr.endswith(f"see that the bucket, endpoint_override and {variables} are right\n")
 
 
-def test_google_cloud_storage_is_read_only():
-    registry = Registry("gs://bucket/mixtures?endpoint_override=127.0.0.1:9&scheme=http")
-    assert registry.files.uri("a/1").startswith("gs://bucket/mixtures/a/1?")
-    with pytest.raises(RunFailed, match="can be read, but not written: that takes conditional writes"):
-        registry.files.create("a/1/x", b"")
+def test_a_service_account_s_key_is_in_no_output_and_sent_to_no_emulator(tmp_path, gcs, monkeypatch):
+    key = rsa.generate_private_key(65537, 2048)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    account = {"type": "service_account", "client_email": "a@b", "private_key": pem, "token_uri": "http://127.0.0.1:9/token"}
+    (tmp_path / "account.json").write_text(json.dumps({"project_id": "p", "private_key_id": "hush-hush", **account}))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
+    monkeypatch.setattr(objects_gcs, "PATIENCE_S", 1)
+    shelf = Shelf(tmp_path, gcs)
+    shelf.publish("run-a")
+    assert shelf.command("list").exit_code == 0 and not gcs.authorized
+    told = refusal(CliRunner().invoke(main, ["registry", "list", "--registry", "gs://bucket/x?endpoint_override=127.0.0.1:9"]), 1)
+    assert "/token" in told and "hush" not in told and not any(line in told for line in pem.splitlines()[1:-1])
 
 
 # --- disks alone ----------------------------------------------------------------------------------------------------
 
 
 def test_where_links_are_refused_files_are_copied(tmp_path, monkeypatch):
-    shelf = Shelf("local", tmp_path, None)
+    shelf = Shelf(tmp_path)
 
     def refuse(source, target):
         raise PermissionError(1, "Operation not permitted")
@@ -492,7 +512,7 @@ def test_where_links_are_refused_files_are_copied(tmp_path, monkeypatch):
 
 
 def test_gc_leaves_a_damaged_version_and_its_files_where_they_are(tmp_path):
-    shelf = Shelf("local", tmp_path, None)
+    shelf = Shelf(tmp_path)
     shelf.publish("run-a"), shelf.publish("run-b")
     shelf.damage(shelf.registry.resolve("quickstart:1"), "manifest.json")
     before = shelf.state()
@@ -502,7 +522,7 @@ def test_gc_leaves_a_damaged_version_and_its_files_where_they_are(tmp_path):
 
 @pytest.mark.parametrize("linked", ["quickstart", "quickstart/1", "quickstart/.aliases", ".blobs"])
 def test_a_folder_that_is_a_link_is_not_followed(tmp_path, linked):
-    shelf = Shelf("local", tmp_path, None)
+    shelf = Shelf(tmp_path)
     shelf.publish("run-a")
     promote(shelf.registry, shelf.registry.resolve("quickstart"), "champion")
     moved = tmp_path / "elsewhere"
