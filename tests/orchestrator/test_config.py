@@ -384,7 +384,7 @@ def test_a_file_that_extends_itself_is_refused(write):
     ("section", "extra", "settings"),
     [
         (Training, set(), TrainSettings),
-        (Router, {"agents", "seeds", "influence_samples"}, RouteSettings),
+        (Router, {"agents", "seeds", "influence_samples", "proxy_steps"}, RouteSettings),
         (Elastic, set(), ElasticSettings),
     ],
 )
