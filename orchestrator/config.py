@@ -145,7 +145,7 @@ class Training(Section):
 
 class Specialize(Training):
     steps: int = Field(2000, ge=0, description="Optimiser steps per elastic expert; 0: sub-networks are cut from the pretrained weights.")
-    learning_rate: float = Field(2e-3, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
     random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside the largest or narrowest, which take turns.")
     costs: tuple[Fraction, Fraction] = Field(
         (0.2, 1.0),
