@@ -13,25 +13,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator import experts
 from orchestrator.experts import identity
 from orchestrator.pipeline import Context
 from orchestrator.store import read_json, write_json
 from workers import families, tasks_route
-from workers.contracts import ExpertCheckpoint, RouteTask, digest_of
+from workers.contracts import Budget, ExpertCheckpoint, ExpertTask, RouteTask, digest_of
 from workers.diffusion import sampler_timesteps, steps_per_expert
 from workers.files import remove
 from workers.influence import drawn_with, influences
 from workers.trials import InfluenceTask
 
-VERSION = 2
+VERSION = 3
 """Grows with the meaning of what is measured here."""
 
 
-def calibrate(ctx: Context, item: RouteTask) -> RouteTask:
-    """The task with its sensitivities, and its influence under its budget's sampler, measured unless they are there."""
+def calibrate(ctx: Context, item: RouteTask, rows: Sequence[int]) -> RouteTask:
+    """The task with its sensitivities, and its influence under its budget's sampler, measured unless they are there. ``rows``: the training
+    images."""
     tables = [(item, k, str(_file(ctx, "sensitivity", [expert], []))) for k, expert in enumerate(item.experts)]
     ctx.cluster.scatter(tasks_route.expert_sensitivity, [table for table in tables if not Path(table[2]).exists()])
-    return replace(item, sensitivity=tuple(out for _, _, out in tables), influence=_influence(ctx, item))
+    return replace(item, sensitivity=tuple(out for _, _, out in tables), influence=_influence(ctx, item, rows))
 
 
 def read_influence(item: RouteTask) -> list[float]:
@@ -51,28 +53,41 @@ def _read(path: str) -> dict[str, Any]:
     return json.loads(Path(path).read_text())
 
 
-def _influence(ctx: Context, item: RouteTask) -> str | None:
+def _influence(ctx: Context, item: RouteTask, rows: Sequence[int]) -> str | None:
     """The file of it; None if it is not to be measured."""
     samples, guidance = ctx.job.router.influence_samples, ctx.job.sampler.guidance_scale
     if samples == 0 or len(item.experts) == 1:
         return None
     scheduler, steps = item.budget.scheduler, item.budget.steps
-    out = _file(ctx, "influence", item.experts, [samples, scheduler, steps, guidance])
+    tuned, middle = _tuned(ctx, item, rows)
+    keys = [] if middle is None else [middle.to_json(), *(experts.key_of(ctx, task, item.experts) for task in tuned)]
+    out = _file(ctx, "influence", item.experts, [samples, scheduler, steps, guidance, keys])
     if read_json(out) is None:
-        found = _distances(ctx, item, samples, guidance)
+        found = _distances(ctx, InfluenceTask(item, samples, ctx.job.evaluate.batch_size, guidance, "", tuned, middle), keys)
         timesteps = sampler_timesteps(scheduler, families.load_scheduler_config(item.model), steps)
         shares = [count / len(timesteps) for count in steps_per_expert(item.partition, timesteps)]
         write_json(out, {**found, "influence": influences(found["distances"], found["errors"], shares)})
     return str(out)
 
 
-def _distances(ctx: Context, item: RouteTask, samples: int, guidance: float) -> dict[str, Any]:
+def _tuned(ctx: Context, item: RouteTask, rows: Sequence[int]) -> tuple[tuple[ExpertTask, ...], Budget | None]:
+    """The short fine-tuning of every expert's part of a uniform plan, and its budget, the job's middle one; nothing without fine-tuning."""
+    if not ctx.job.proxy_steps:
+        return (), None
+    ranked = sorted(range(len(ctx.job.budgets)), key=lambda i: ctx.job.budgets[i].ratio)
+    found = experts.tuning(ctx, item.images, rows, item.partition, [None] * len(item.experts), "influence", experts.short(ctx))
+    return found, ctx.job.budget(ranked[len(ranked) // 2])
+
+
+def _distances(ctx: Context, task: InfluenceTask, keys: list[Any]) -> dict[str, Any]:
     """How far samples move while each expert alone is narrow, its error then, and the seconds that it took. Samplers differ little in this,
     so that those of which samples are drawn alike share it."""
-    out = _file(ctx, "distances", item.experts, [samples, *drawn_with(item.budget.scheduler, item.budget.steps), guidance])
+    item = task.route
+    drawn = drawn_with(item.budget.scheduler, item.budget.steps)
+    out = _file(ctx, "distances", item.experts, [task.samples, *drawn, task.guidance_scale, keys])
     if (known := read_json(out)) is not None:
         return known
-    task = InfluenceTask(item, samples, ctx.job.evaluate.batch_size, guidance, str(out.with_suffix(".npz")))
+    task = replace(task, dense=str(out.with_suffix(".npz")))
     with dense_samples(ctx, task) as seconds:
         found = ctx.cluster.scatter(tasks_route.expert_influence, [(task, k) for k in range(len(item.experts))])
         seconds += sum(ctx.cluster.calls[-1].units)

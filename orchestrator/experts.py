@@ -18,7 +18,18 @@ from orchestrator.pipeline import Context
 from orchestrator.scheduling import longest_first
 from orchestrator.store import read_json, write_json
 from workers import families, tasks
-from workers.contracts import DenoiserRef, ExpertCheckpoint, ExpertTask, Interval, MixturePlan, TrainSettings, derive_seed, digest_of
+from workers.contracts import (
+    ArchitectureSpec,
+    DenoiserRef,
+    ExpertCheckpoint,
+    ExpertTask,
+    Interval,
+    MixturePlan,
+    Partition,
+    TrainSettings,
+    derive_seed,
+    digest_of,
+)
 from workers.cost import cost_table
 
 VERSION = 3
@@ -47,8 +58,22 @@ def folders(experts: Iterable[Mapping[str, Any]]) -> list[str]:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def tuning(ctx: Context, images: str, rows: Sequence[int], plan: MixturePlan, label: str, train: TrainSettings) -> tuple[ExpertTask, ...]:
-    """The training of every small expert of a plan. ``rows`` of ``images``: those to learn from."""
+def short(ctx: Context) -> TrainSettings:
+    """Of a fine-tuning that only tells what a plan is worth."""
+    settings, steps = ctx.job.finetune.settings(), ctx.job.proxy_steps
+    return replace(settings, steps=steps, warmup_steps=min(settings.warmup_steps, steps // 5), checkpoint_every=steps)
+
+
+def tuning(
+    ctx: Context,
+    images: str,
+    rows: Sequence[int],
+    cuts: Partition,
+    specs: Sequence[ArchitectureSpec | None],
+    label: str,
+    train: TrainSettings,
+) -> tuple[ExpertTask, ...]:
+    """The training of a small expert of every interval. ``rows`` of ``images``: those to learn from; ``specs``: None if still open."""
     job = ctx.job
     return tuple(
         ExpertTask(
@@ -65,10 +90,10 @@ def tuning(ctx: Context, images: str, rows: Sequence[int], plan: MixturePlan, la
             flip=job.data.flip,
             class_dropout=job.data.class_dropout,
             source=located(ctx, ctx.results["specialize"]["experts"][k]).path,
-            spec=plan.experts[k],
+            spec=spec,
             label=label,
         )
-        for k, interval in enumerate(plan.partition.intervals)
+        for k, (interval, spec) in enumerate(zip(cuts.intervals, specs, strict=True))
     )
 
 

@@ -54,13 +54,10 @@ def _rivals(plans: Sequence[MixturePlan]) -> list[MixturePlan]:
 
 
 def _task(ctx: Context, item: RouteTask, rows: Sequence[int], plan: MixturePlan) -> ProxyTask:
-    job, settings = ctx.job, ctx.job.finetune.settings()
-    steps, samples = job.proxy_steps, job.router.influence_samples or job.evaluate.samples
-    train = replace(settings, steps=steps, warmup_steps=min(settings.warmup_steps, steps // 5), checkpoint_every=steps)
-    short = experts.tuning(ctx, item.images, rows, plan, "proxy", train)
-    drawn = InfluenceTask(
-        item, samples, job.evaluate.batch_size, job.sampler.guidance_scale, str(ctx.store.folder / "cache" / "proxy-dense.npz")
-    )
+    job, dense = ctx.job, str(ctx.store.folder / "cache" / "proxy-dense.npz")
+    samples = job.router.influence_samples or job.evaluate.samples
+    short = experts.tuning(ctx, item.images, rows, plan.partition, plan.experts, "proxy", experts.short(ctx))
+    drawn = InfluenceTask(item, samples, job.evaluate.batch_size, job.sampler.guidance_scale, dense)
     keys = [experts.key_of(ctx, task, item.experts) for task in short]
     key = digest_of([VERSION, keys, plan.partition.to_json(), samples, job.sampler.scheduler, job.sampler.steps, drawn.guidance_scale])
     return ProxyTask(drawn, plan, short, f"cache/proxy-{key[:10]}.json")

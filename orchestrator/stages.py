@@ -130,10 +130,11 @@ def specialize(ctx: Context) -> dict[str, Any]:
 
 def route(ctx: Context) -> dict[str, Any]:
     """Every agent searches every budget; per budget the plan is chosen whose samples are closest to dense's after a little fine-tuning."""
-    job, item = ctx.job, calibrate(ctx, route_task(ctx))
+    job, train = ctx.job, training_rows(ctx)
+    item = calibrate(ctx, route_task(ctx), train)
     budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
     found, counted = search_plans(ctx, item, budgets.values(), agents_of(job), job.router.seeds), read_influence(item)
-    plans, spent_s = proxies.compare(ctx, item, _images(ctx)[1], found.plans)
+    plans, spent_s = proxies.compare(ctx, item, train, found.plans)
     chosen = {name: min((p for p in plans if p.budget == budget), key=lambda p: p.rank) for name, budget in budgets.items()}
     for name, plan in chosen.items():
         told = merits([p for p in plans if p.budget == plan.budget], job.proxy_steps)
@@ -152,6 +153,11 @@ def route(ctx: Context) -> dict[str, Any]:
         "seconds": seconds,
         "searches": found.files,
     }
+
+
+def training_rows(ctx: Context) -> list[int]:
+    """The images that experts learn from."""
+    return _images(ctx)[1]
 
 
 def agents_of(job: JobConfig) -> list[str]:
@@ -192,7 +198,7 @@ def finetune(ctx: Context) -> dict[str, Any]:
     jobs = {
         experts.unit(label, task.interval): task
         for label, plan in plans.items()
-        for task in experts.tuning(ctx, images, train, plan, label, settings)
+        for task in experts.tuning(ctx, images, train, plan.partition, plan.experts, label, settings)
     }
     for label, other in experts.equals(plans).items():
         ctx.say(f"  {label} = {other}: the same sub-networks, trained and measured once")

@@ -19,7 +19,7 @@ from orchestrator.config import BudgetConfig, JobConfig
 from orchestrator.pipeline import Context, Pipeline, Stage
 from orchestrator.planning import Prepared
 from orchestrator.searching import search_fronts
-from orchestrator.stages import STAGES, agents_of, route_task, steps_served
+from orchestrator.stages import STAGES, agents_of, route_task, steps_served, training_rows
 from orchestrator.words import few_steps
 from workers import diffusion, families, names_in, tasks_route
 from workers.contracts import METRICS, Budget, InputError, Partition, RouteTask, digest_of
@@ -171,9 +171,10 @@ def sweep(axes: Axes, ctx: Context) -> dict[str, Any]:
     """
     budgets = axes.budgets()
     asked = [BudgetConfig(metric=axes.metric, ratio=ratio) for ratio in axes.ratios]
-    item = route_task(replace(ctx, job=ctx.job.model_copy(update={"budgets": asked})), "sweep")
+    asking = replace(ctx, job=ctx.job.model_copy(update={"budgets": asked}))
+    item, train = route_task(asking, "sweep"), training_rows(asking)
     of_sampler = {sampler: budget for (_, sampler), budget in budgets.items()}
-    calibrated = {sampler: calibrate(ctx, replace(item, budget=budget)) for sampler, budget in of_sampler.items()}
+    calibrated = {sampler: calibrate(asking, replace(item, budget=budget), train) for sampler, budget in of_sampler.items()}
     trials = {
         f"{name}/{sampler}/{agent}/{seed}": replace(calibrated[sampler], budget=budget, agent=agent, search_seed=seed)
         for ((name, sampler), budget), agent, seed in itertools.product(budgets.items(), axes.agents, axes.seeds)

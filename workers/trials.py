@@ -41,13 +41,16 @@ class FrontTask(Record):
 
 @dataclass(frozen=True)
 class InfluenceTask(Record):
-    """Measure how much an error of each expert counts: on ``samples`` drawn samples, ``batch`` at a time. ``dense``: file of dense's."""
+    """Measure how much an error of each expert counts: on ``samples`` drawn samples, ``batch`` at a time. ``dense``: file of dense's;
+    ``tuned``: how the expert's part of the uniform plan of ``budget`` is fine-tuned before, its sub-network still open."""
 
     route: RouteTask
     samples: int
     batch: int
     guidance_scale: float
     dense: str
+    tuned: tuple[ExpertTask, ...] = ()
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)

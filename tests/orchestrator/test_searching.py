@@ -117,13 +117,14 @@ def test_the_plan_is_chosen_whose_samples_are_closest_after_a_little_fine_tuning
 
 def test_a_proxy_is_the_fine_tuning_of_so_many_steps(job, tmp_path):
     """Its distance is that of the experts which `finetune` makes of the plan in as many steps."""
-    result, _ = routed(job, *PROXIES)
+    alike = ("--set", "router.influence_samples=0", "--set", "evaluate.samples=4")  # plans do not depend on proxies then
+    result, _ = routed(job, *PROXIES, *alike)
     whole = ("--set", "finetune={steps: 2, batch_size: 2, compare: [uniform, greedy, era]}", "--set", "router.proxy_steps=0")
-    done = diffpruning("run", job, "--inline", "--until", "finetune", *PROXIES[4:], *whole)
+    done = diffpruning("run", job, "--inline", "--until", "finetune", *PROXIES[4:], *alike, *whole)
     assert done.exit_code == 0, done.output
     records = [json.loads(path.read_text()) for path in folder_of(job).glob("finetune-????????/done.json")]
     tuned = max(records, key=lambda record: record["started"])["result"]["experts"]
-    item = _searched_with(job)
+    item = _searched_with(job, *alike)
     probe = tasks_route._probe(item)
     dense = probe.draw_dense()
     for plan in map(MixturePlan.from_json, result["trials"]):
@@ -135,13 +136,13 @@ def test_a_proxy_is_the_fine_tuning_of_so_many_steps(job, tmp_path):
         assert probe.distance(dict(enumerate(mixture.experts)), dense) == pytest.approx(plan.distance, rel=1e-4)
 
 
-def _searched_with(job: Path) -> InfluenceTask:
+def _searched_with(job: Path, *more: str) -> InfluenceTask:
     """Whose samples route looks at."""
-    found: list[InfluenceTask] = []
+    found, draw = list[InfluenceTask](), tasks_route.draw_dense
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks_route, "draw_dense", lambda session, item: found.append(item) or "")
+        patch.setattr(tasks_route, "draw_dense", lambda session, item: found.append(item) or draw(session, item))
         patch.setattr(tasks_route, "proxy_distance", lambda session, item: Path(item.out).write_text('{"distance": 1.0, "seconds": 1.0}'))
-        routed(job, *PROXIES, "--set", "router.proxy_steps=1")
+        routed(job, *PROXIES, *more, "--set", "router.proxy_steps=1")
     return found[-1]
 
 
