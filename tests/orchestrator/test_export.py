@@ -137,6 +137,17 @@ def test_a_version_of_latents_is_exported_with_its_first_stage(registry, tmp_pat
     assert np.array_equal(images(DiffusionPipeline.from_pretrained(tmp_path / "out"), 2), images(by_hand, 2))
 
 
+def test_a_version_in_a_bucket_is_exported_as_one_on_a_disk_is(registry, plain, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    uri, version = server.new_registry(), Registry(registry).resolve("pixels")
+    shutil.copytree(version.path, tmp_path / "made", ignore=shutil.ignore_patterns("manifest.json", "SHA256SUMS"))
+    Registry(uri).publish("pixels", version.manifest(), tmp_path / "made")
+    done = run("pixels@latest", "--registry", uri, "--out", tmp_path / "out")
+    assert done.exit_code == 0 and done.stdout.startswith("pixels:1 ") and "file 1 of " in done.stderr
+    assert all((plain / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in files(plain))
+    assert files(tmp_path / "out") == files(plain)
+
+
 # --- with code ------------------------------------------------------------------------------------------------------
 
 

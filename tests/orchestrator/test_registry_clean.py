@@ -11,7 +11,7 @@ from orchestrator.aliases import Conflict
 from orchestrator.promotion import promote, rollback
 from orchestrator.registry_clean import clean, remove
 from orchestrator.registry_files import REMOVED, SUMS
-from tests.orchestrator.test_registry_kinds import both, both_slowly, refusal, shelf
+from tests.orchestrator.test_registry_kinds import both, refusal, shelf
 
 __all__ = ["shelf"]
 
@@ -40,7 +40,7 @@ def test_an_alias_whose_former_versions_were_all_removed_does_not_go_back(shelf)
     assert shelf.registry.resolve("quickstart@champion").number == 3
 
 
-@both_slowly
+@both
 def test_a_rollback_gives_way_to_a_removal_that_looked_before(shelf, monkeypatch):
     one, two = shelf.publish("run-a"), shelf.publish("run-b")
     promote(shelf.registry, one, "champion"), promote(shelf.registry, two, "champion")
