@@ -7,12 +7,13 @@ promotion at the same time one gives way. A removal that was killed after its ma
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from dataclasses import dataclass
 
 from orchestrator import aliases
 from orchestrator.registry import Registry, Version
-from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, as_json
+from orchestrator.registry_files import BLOBS, MANIFEST, REMOVED, SUMS, Debris, as_json
 from workers.contracts import InputError, VerificationError
 
 GRACE_HOURS = 24.0
@@ -83,11 +84,34 @@ def clean(
         if not registry.is_local:  # somebody may have published meanwhile, or have promoted what was to go
             referenced |= _referenced([version for version in registry.versions() if version not in staying])
     found = list(registry.files.debris([version.folder for version in doomed], begun, referenced))
-    old = [(path, size) for path, size, age_s in found if age_s >= grace_hours * 3600]
+    old = [each for each in found if each.age_s >= grace_hours * 3600]
     if not dry_run:
-        for path, _ in old:
-            (registry.files.strip if path in begun else registry.files.drop)(path)
-    return Cleaning([version.reference for version in doomed], [path for path, _ in old], sum(s for _, s in old), len(found) - len(old))
+        old = [each for each in old if _dropped(registry, each, begun)]
+        if not registry.is_local and old:
+            _require_whole([version for version in registry.versions() if version not in staying], {each.path for each in old})
+    freed = sum(each.size for each in old)
+    return Cleaning([version.reference for version in doomed], [each.path for each in old], freed, len(found) - len(old))
+
+
+def _dropped(registry: Registry, found: Debris, begun: list[str]) -> bool:
+    """Whether it is gone: somebody may have used it again meanwhile."""
+    if found.path in begun:
+        registry.files.strip(found.path)
+        return True
+    return registry.files.drop(found)
+
+
+def _require_whole(new: list[Version], dropped: set[str]) -> None:
+    """Raises: Conflict if a version that was published meanwhile lacks what was deleted; its publisher may be about to mend it."""
+    for version in new:
+        with contextlib.suppress(FileNotFoundError):  # removed already
+            lost = {f"{BLOBS}/{digest}" for digest in version.sums().values()} & dropped
+            if lost - {f"{BLOBS}/{blob}" for blob in version.files.names(BLOBS)}:
+                raise aliases.Conflict(
+                    f"conflict: {version.reference} was published at this moment, and a file that it uses again was deleted: its publisher "
+                    f"sends it again, unless it has ended already: see `diffpruning registry verify {version.reference}`; if it is "
+                    "damaged, remove it and publish it again"
+                )
 
 
 def _in_use(registry: Registry, name: str, versions: list[Version]) -> set[int]:
