@@ -5,7 +5,7 @@ import pytest
 from orchestrator.promotion import numbers, promote
 from orchestrator.registry import Registry
 from tests import mixtures
-from workers.contracts import InputError, RunFailed
+from workers.contracts import InputError, RunFailed, VerificationError
 
 
 @pytest.fixture
@@ -69,6 +69,21 @@ def test_a_delta_is_the_difference_from_the_version_that_the_alias_names_now(pub
     promote(registry, three, "champion", required=["fd_delta<=-0.5"])
     with pytest.raises(RunFailed, match="fd_delta is 0.5, required is fd_delta<0.5"):
         promote(registry, three, "staging", required=["fd_delta<0.5"])
+
+
+def test_what_is_required_is_required_of_the_version_that_the_alias_names_already(publish):
+    version = publish("run-a", frechet=7.0)
+    promote(publish.registry, version, "champion")
+    assert promote(publish.registry, version, "champion", required=["fd<=7", "fd_delta<=0"]) is None
+    with pytest.raises(RunFailed, match="quickstart:1 is champion already, but fd is 7, required is fd<=6"):
+        promote(publish.registry, version, "champion", required=["fd<=6"])
+    with pytest.raises(InputError, match="is not of the form"):
+        promote(publish.registry, version, "champion", required=["nonsense"])
+    (version.path / "config.json").chmod(0o644)
+    (version.path / "config.json").write_text("damaged")
+    with pytest.raises(VerificationError, match="config.json: sha256 is"):
+        promote(publish.registry, version, "champion")
+    assert publish.registry.aliases_of("quickstart") == {1: ["champion"]}
 
 
 @pytest.mark.parametrize(
