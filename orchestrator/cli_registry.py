@@ -311,8 +311,9 @@ def pull(model: str, out: Path, uri: str, as_json: bool) -> None:
 @registry_option
 @json_option
 def gc(name: str | None, keep_aliased: bool, keep_last: int | None, dry_run: bool, grace_hours: float, uri: str, as_json: bool) -> None:
-    """Free what nothing names: files of removed versions, and what killed publishers left.
+    """Free what nothing names: files of removed versions, and what killed publishers left. NAME: of this mixture alone.
 
+    Equal files of all mixtures are one blob, so blobs that no version of any mixture names are freed whatever NAME is.
     Versions are removed only with --keep-aliased or --keep-last; one that an alias names or would name after a rollback, and the newest of
     each name, never is.
     """
@@ -334,7 +335,7 @@ def gc(name: str | None, keep_aliased: bool, keep_last: int | None, dry_run: boo
 @registry_option
 @json_option
 def rm(model: str, uri: str, as_json: bool) -> None:
-    """Remove a version that no alias names; the same again finishes a removal that was killed.
+    """Remove a version that no alias names or goes back to; the same again finishes a removal that was killed.
 
     Its number is not used again; `registry gc` frees what it shared with none.
     """

@@ -34,11 +34,42 @@ def test_gc_keeps_what_each_alias_goes_back_to(shelf):
 
 
 @both
+def test_rm_leaves_what_an_alias_goes_back_to(shelf):
+    versions = [shelf.publish(f"run-{i}") for i in range(3)]
+    for version in versions:
+        promote(shelf.registry, version, "champion")
+    before = shelf.state()
+    told = "quickstart:2 is what a rollback of quickstart@champion returns to: promote another version, then remove it"
+    assert refusal(shelf.command("rm", "quickstart:2"), 2) == told and shelf.state() == before
+    assert shelf.command("rm", "quickstart:1").exit_code == 0
+    assert "quickstart:3 -> quickstart:2" in shelf.command("rollback", "quickstart").stdout
+
+
+@both
+def test_a_removal_gives_way_to_a_rollback_at_the_same_time(shelf, monkeypatch):
+    versions = [shelf.publish(f"run-{i}") for i in range(3)]
+    for version in versions:
+        promote(shelf.registry, version, "champion")
+    put = type(shelf.registry.files).put
+
+    def meanwhile(files, path, content):
+        monkeypatch.setattr(type(files), "put", put)
+        rollback(shelf.registry, "quickstart", "champion")  # after the removal looked for aliases
+        return put(files, path, content)
+
+    monkeypatch.setattr(type(shelf.registry.files), "put", meanwhile)
+    with pytest.raises(Conflict, match="quickstart:1 is what a rollback of quickstart@champion returns to: it is not removed"):
+        remove(shelf.registry, versions[0])
+    assert rollback(shelf.registry, "quickstart", "champion").version == 1
+
+
+@both
 def test_an_alias_whose_former_versions_were_all_removed_does_not_go_back(shelf):
     versions = [shelf.publish(f"run-{i}") for i in range(3)]
     for version in versions:
         promote(shelf.registry, version, "champion")
-    remove(shelf.registry, versions[0]), remove(shelf.registry, versions[1])
+    for version in versions[:2]:
+        shelf.registry.files.put(f"{version.folder}/{REMOVED}", b"{}")  # as earlier releases did
     assert refusal(shelf.command("rollback", "quickstart"), 2) == (
         "quickstart@champion cannot go back: quickstart:2, which it named before quickstart:3, was removed: promote another version"
     )
@@ -53,7 +84,7 @@ def test_a_rollback_gives_way_to_a_removal_that_looked_before(shelf, monkeypatch
 
     def meanwhile(*arguments):
         monkeypatch.setattr(aliases, "append", append)
-        remove(shelf.registry, one)
+        shelf.registry.files.put(f"{one.folder}/{REMOVED}", b"{}")
         return append(*arguments)
 
     monkeypatch.setattr(aliases, "append", meanwhile)
@@ -94,6 +125,35 @@ def test_what_an_alias_came_to_name_while_its_removal_began_is_not_stripped(shel
     assert clean(shelf.registry, grace_hours=0).debris == []
     assert re.match("quickstart:1 is named by quickstart@champion", refusal(shelf.command("rm", "quickstart:1"), 2))
     assert sorted(folder.rglob("*")) == before
+
+
+@both
+def test_gc_of_a_name_or_a_registry_that_is_not_there_is_refused(shelf, tmp_path):
+    shelf.publish("run-a")
+    before = shelf.state()
+    assert "has no mixture pixels: it has quickstart" in refusal(shelf.command("gc", "pixels"), 2)
+    assert "'.blobs' is not 1 to 64 of" in refusal(shelf.command("gc", ".blobs"), 2)
+    assert refusal(shelf.command("gc", "--grace-hours", "nan"), 2) == "--grace-hours nan: is no number of hours"
+    assert shelf.state() == before
+    shelf.uri = shelf.uri.replace("mixtures", "nowhere") if shelf.server else str(tmp_path / "nowhere")
+    assert "it is empty or missing" in refusal(shelf.command("gc"), 2)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("shelf", ["local"], indirect=True)
+def test_gc_of_a_name_leaves_what_killed_publishers_of_others_left(shelf):
+    shelf.publish("run-a"), shelf.publish("run-a", name="other")
+    left = [shelf.registry.root / name / ".publishing-1-aa" for name in ("quickstart", "other")]
+    for folder in left:
+        folder.mkdir()
+    orphan = shelf.registry.root / ".blobs" / ("0" * 64)
+    orphan.write_bytes(b"of nobody")
+    half = shelf.registry.resolve("other:1")
+    shelf.registry.files.put(f"{half.folder}/{REMOVED}", b"{}")
+    assert shelf.command("gc", "quickstart", "--grace-hours", "0").exit_code == 0
+    assert [folder.exists() for folder in (*left, orphan)] == [False, True, False] and (half.path / "config.json").exists()
+    shelf.command("gc", "other", "--grace-hours", "0")
+    assert not left[1].exists() and not (half.path / "config.json").exists()
 
 
 # --- a publisher and a gc at the same time --------------------------------------------------------------------------

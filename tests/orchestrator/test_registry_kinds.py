@@ -241,7 +241,7 @@ def test_a_removal_gives_way_to_a_promotion_at_the_same_time(shelf, monkeypatch)
         return put(files, path, content)
 
     monkeypatch.setattr(type(shelf.registry.files), "put", meanwhile)
-    with pytest.raises(Conflict, match="quickstart@champion was moved to quickstart:1 meanwhile: it is not removed"):
+    with pytest.raises(Conflict, match="moved meanwhile, and quickstart:1 is named by quickstart@champion: it is not removed"):
         remove(shelf.registry, version)
     assert shelf.registry.verify(shelf.registry.resolve("quickstart@champion")) == 4
 
