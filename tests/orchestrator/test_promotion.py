@@ -1,7 +1,13 @@
 """What may be required of a version before an alias names it."""
 
-import pytest
+import re
+import shlex
+from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+
+from orchestrator.cli import main
 from orchestrator.promotion import numbers, promote
 from orchestrator.registry import Registry
 from tests import mixtures
@@ -69,6 +75,17 @@ def test_a_delta_is_the_difference_from_the_version_that_the_alias_names_now(pub
     promote(registry, three, "champion", required=["fd_delta<=-0.5"])
     with pytest.raises(RunFailed, match="fd_delta is 0.5, required is fd_delta<0.5"):
         promote(registry, three, "staging", required=["fd_delta<0.5"])
+
+
+def test_the_promotions_of_the_readme_run_as_printed_after_the_quickstart(publish):
+    publish("run-80", paired_mse=0.08), publish("run-60", paired_mse=0.11)  # near what it measures, without frechet
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = re.findall("^diffpruning (registry (?:promote|rollback) .*)$", readme, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        done = CliRunner().invoke(main, [*shlex.split(command), "--registry", str(publish.registry.root)], catch_exceptions=False)
+        assert done.exit_code == 0, (command, done.output)
+    assert publish.registry.resolve("quickstart@champion").number == 1
 
 
 def test_what_is_required_is_required_of_the_version_that_the_alias_names_already(publish):
