@@ -237,3 +237,12 @@ def test_a_blob_that_was_made_new_after_gc_listed_it_is_not_deleted(tmp_path, se
     assert [files.drop(each) for each in listed] == [False, True, True, True, True]
     assert shelf.blobs() == [listed[0].path]
     assert files.drop(listed[1]), "what is gone is gone"
+
+
+def test_a_blob_that_gc_deletes_before_it_is_made_new_is_sent(tmp_path, server, monkeypatch):
+    shelf = Shelf(tmp_path, server)
+    remove(shelf.registry, shelf.publish("run-a"))
+    now, refresh = time.time(), ObjectFiles.refresh
+    monkeypatch.setattr("orchestrator.registry_objects.time.time", lambda: now + 48 * 3600)
+    monkeypatch.setattr(ObjectFiles, "refresh", lambda files, path, *more: (files.delete(path), refresh(files, path, *more)))
+    assert shelf.registry.verify(shelf.publish("run-b")) == 4
