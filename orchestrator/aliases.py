@@ -20,6 +20,7 @@ from workers.records import Record
 LATEST = "latest"
 """The newest version: no log, and nobody can move it."""
 DEFAULT = "champion"
+"""Which alias is meant where none is given."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
@@ -58,7 +59,7 @@ def checked(alias: str) -> str:
     if not _NAME.fullmatch(alias):
         raise InputError(f"alias {alias!r} is not 1 to 64 of a-z, 0-9, '.', '_', '-', starting with a letter or digit")
     if alias == LATEST:
-        raise InputError("latest always names the newest version: give the alias another name, e.g. champion")
+        raise InputError(f"{LATEST} always names the newest version: give the alias another name, e.g. {DEFAULT}")
     return alias
 
 

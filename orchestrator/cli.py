@@ -277,7 +277,7 @@ def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--class-label", type=click.IntRange(0), help="Class of all images, for a class-conditional model; default: each its own.")
 @click.option("--guidance-scale", default=1.0, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance; 1 is none.")
 @click.option("--eta", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Noise that DDIM adds: 0 none, 1 as much as DDPM.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the first image; the next has the next.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 1 << 62), help="Of the first image; the next has the next.")
 @click.option("--count", default=16, show_default=True, type=click.IntRange(1, 4096), help="Images to draw.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="PNG file: a grid of all images.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; auto: cuda if there is one.")
@@ -299,6 +299,7 @@ def sample(
     """Draw images from a published mixture."""
     from orchestrator import registry_pull
     from orchestrator.registry import Registry
+    from orchestrator.store import storage_error
 
     books = Registry(uri)
     version = books.resolve(model)
@@ -312,9 +313,14 @@ def sample(
     from workers.generate import write_sample_grid
 
     seeds = range(seed, seed + count)
-    write_sample_grid(
-        str(folder), scheduler or budget.scheduler, steps or budget.steps, seeds, out, device, class_label, guidance_scale, eta
-    )
+    try:
+        write_sample_grid(
+            str(folder), scheduler or budget.scheduler, steps or budget.steps, seeds, out, device, class_label, guidance_scale, eta
+        )
+    except OSError as error:
+        if error.filename != str(out) or storage_error(error) is not None:
+            raise
+        raise InputError(f"--out: cannot write {out}: {error.strerror or error}") from None
     show({"version": version.reference, "out": str(out.resolve())}, as_json, lambda: str(out))
 
 

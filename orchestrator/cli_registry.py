@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.aliases import DEFAULT
 from orchestrator.cli_options import device_here, json_option, printable, show
 from workers.contracts import GOLDEN, InputError, VerificationError
 
@@ -109,12 +110,15 @@ def show_command(model: str, uri: str, as_json: bool) -> None:
 
 @registry.command(name="verify")
 @click.argument("model", metavar=MODEL, required=False)
-@click.option("--hashes-only", is_flag=True, help="Do not load the mixture and draw its golden samples again.")
+@click.option("--hashes-only", is_flag=True, help="Do not load the mixture.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to draw; auto: cuda if there is one.")
 @registry_option
 @json_option
 def verify_command(model: str | None, hashes_only: bool, device: str, uri: str, as_json: bool) -> None:
-    """Check one version, or all: every file against its hash; then load it, draw its golden samples, and compare them."""
+    """Check one version, or all: every file against its hash; then load it, draw its golden samples, and compare them.
+
+    Of a version without golden samples, one sampling step is taken.
+    """
     books = _open(uri)
     versions = [books.resolve(model)] if model else books.some_versions()
     results, errors = [], []
@@ -126,7 +130,7 @@ def verify_command(model: str | None, hashes_only: bool, device: str, uri: str, 
             results.append({"version": version.reference, "ok": False, "error": str(error)})
 
     def line(row: dict[str, Any]) -> str:
-        drawn = "" if hashes_only else ", no golden samples: hashes only"
+        drawn = "" if hashes_only else ", loaded; no golden samples: took one sampling step"
         drawn = f", {row['samples']} golden samples within {row['difference']:.4f}" if "samples" in row else drawn
         return f"{row['version']:<18}ok, {row['files']} files{drawn}"
 
@@ -136,12 +140,12 @@ def verify_command(model: str | None, hashes_only: bool, device: str, uri: str, 
 
 
 def _verified(books: Registry, version: Version, device: str | None) -> dict[str, Any]:
-    """How many files, and if it holds golden samples, how well they are met. Raises: VerificationError."""
+    """How many files, which checks were made, and if it holds golden samples, how well they are met. Raises: VerificationError."""
     from orchestrator.registry_pull import pull
 
-    files = version.manifest().files
-    if device is None or GOLDEN not in files:
-        return {"files": books.verify(version)}
+    if device is None:
+        return {"files": books.verify(version), "checks": ["hashes"]}
+    manifest = version.manifest()
     from workers import golden
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -151,14 +155,18 @@ def _verified(books: Registry, version: Version, device: str | None) -> dict[str
         else:
             pull(version, folder)  # which verifies
         try:
-            return {"files": len(files), **golden.compare(folder, device_here(device, "--device"))}
+            if GOLDEN in manifest.files:
+                found = golden.compare(folder, device_here(device, "--device"))
+                return {"files": len(manifest.files), "checks": ["hashes", "golden samples"], **found}
+            golden.try_out(folder, manifest.plan.budget.scheduler, device_here(device, "--device"))
+            return {"files": len(manifest.files), "checks": ["hashes", "one sampling step"]}
         except VerificationError as error:
             raise VerificationError(f"{version.reference}: {error}") from None
 
 
 @registry.command()
 @click.argument("model", metavar="MODEL[:version]")
-@click.argument("alias", default="champion")
+@click.argument("alias", default=DEFAULT)
 @click.option(
     "--require", multiple=True, metavar="NAME<=NUMBER", help="Refuse unless this holds, e.g. 'paired_mse<=0.01' or 'fd_delta<=0.3'."
 )
@@ -205,6 +213,9 @@ def history(model: str, uri: str, as_json: bool) -> None:
 
     books = _open(uri)
     name = model.partition("@")[0]
+    if ":" in name:
+        name = name.partition(":")[0]
+        raise InputError(f"history {model}: aliases are moved, not versions: give {name} or {name}@{DEFAULT}")
     books.resolve(name)
     chosen = [aliases.checked(model.partition("@")[2])] if "@" in model else aliases.known(books.files, name)
     events = sorted(
@@ -311,8 +322,9 @@ def pull(model: str, out: Path, uri: str, as_json: bool) -> None:
 @registry_option
 @json_option
 def gc(name: str | None, keep_aliased: bool, keep_last: int | None, dry_run: bool, grace_hours: float, uri: str, as_json: bool) -> None:
-    """Free what nothing names: files of removed versions, and what killed publishers left.
+    """Free what nothing names: files of removed versions, and what killed publishers left. NAME: of this mixture alone.
 
+    Equal files of all mixtures are one blob, so blobs that no version of any mixture names are freed whatever NAME is.
     Versions are removed only with --keep-aliased or --keep-last; one that an alias names or would name after a rollback, and the newest of
     each name, never is.
     """
@@ -334,7 +346,7 @@ def gc(name: str | None, keep_aliased: bool, keep_last: int | None, dry_run: boo
 @registry_option
 @json_option
 def rm(model: str, uri: str, as_json: bool) -> None:
-    """Remove a version that no alias names; the same again finishes a removal that was killed.
+    """Remove a version that no alias names or goes back to; the same again finishes a removal that was killed.
 
     Its number is not used again; `registry gc` frees what it shared with none.
     """
@@ -361,7 +373,7 @@ def _show(value: Any, as_json: bool, text: Callable[[], str]) -> None:
 
 def _split(model: str) -> tuple[str, str]:
     name, _, alias = model.partition("@")
-    return name, alias or "champion"
+    return name, alias or DEFAULT
 
 
 def _expected(text: str | None) -> int | None | str:

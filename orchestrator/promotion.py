@@ -29,7 +29,9 @@ _REQUIREMENT = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*(<=|>=|<|>)\s*(\S+)\s*
 def promote(
     registry: Registry, version: Version, alias: str, expected: int | None | str = "any", required: Sequence[str] = ()
 ) -> AliasEvent | None:
-    """Let ``alias`` name ``version``; None if it does already. ``expected``: the number that it must name now, None for nothing.
+    """Let ``alias`` name ``version``; None if it does already, and fulfils what is ``required`` (a difference from itself is 0).
+
+    ``expected``: the number that the alias must name now, None for nothing.
 
     Raises: InputError; VerificationError if the version is not whole; RunFailed if it does not fulfil a requirement; Conflict if the alias
     names something else than expected, or was moved while we looked. In each case the alias stays as it is.
@@ -39,8 +41,6 @@ def promote(
     now = None if before is None else before.version
     if expected != "any" and expected != now:
         raise aliases.conflict(files, name, alias, None if expected is None else int(expected))
-    if now == version.number and before is not None:
-        return None
     rules = [_parsed(text) for text in required]
     manifest = version.manifest()
     relative = any(wanted.endswith("_delta") and not wanted.endswith("_dense_delta") for wanted, _, _ in rules)
@@ -48,8 +48,11 @@ def promote(
     for text, (wanted, compare, limit) in zip(required, rules, strict=True):
         found = _value(wanted, manifest, champion, f"{name}@{alias}")
         if not OPERATORS[compare](found, limit):
-            raise RunFailed(f"{version.reference} is not promoted to {alias}: {wanted} is {found:.6g}, required is {text.strip()}")
+            told = f"is {alias} already, but" if now == version.number else f"is not promoted to {alias}:"
+            raise RunFailed(f"{version.reference} {told} {wanted} is {found:.6g}, required is {text.strip()}")
     registry.verify(version)
+    if now == version.number:
+        return None
     event = aliases.append(files, name, alias, before, "promote", version.number, tuple(text.strip() for text in required))
     if registry.is_removed(version):  # by somebody who looked for aliases just before there was this one
         aliases.append(files, name, alias, event, "rollback", now)

@@ -7,12 +7,13 @@ promotion at the same time one gives way. A removal that was killed after its ma
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from dataclasses import dataclass
 
 from orchestrator import aliases
 from orchestrator.registry import Registry, Version
-from orchestrator.registry_files import MANIFEST, REMOVED, SUMS, as_json
+from orchestrator.registry_files import BLOBS, MANIFEST, REMOVED, SUMS, Debris, as_json
 from workers.contracts import InputError, VerificationError
 
 GRACE_HOURS = 24.0
@@ -27,20 +28,30 @@ def removable(registry: Registry, reference: str) -> Version:
 
 
 def remove(registry: Registry, version: Version) -> None:
-    """The same again finishes. Raises: InputError if an alias names it; Conflict if one was moved to it meanwhile."""
-    if named := registry.aliases_of(version.name).get(version.number):
-        told = ", ".join(f"{version.name}@{alias}" for alias in named)
-        raise InputError(f"{version.reference} is named by {told}: promote another version, or roll back, then remove it")
-    mark = f"{version.folder}/{REMOVED}"
-    if registry.is_removed(version):
+    """The same again finishes. Raises: InputError if an alias names it or goes back to it; Conflict if one was moved meanwhile."""
+    begun = registry.is_removed(version)
+    if use := _use(registry, version, goes_back=not begun):
+        way = "promote another version, or roll back" if use.startswith("named") else "promote another version"
+        raise InputError(f"{version.reference} is {use}: {way}, then remove it")
+    if begun:
         registry.files.strip(version.folder)
         return
+    mark = f"{version.folder}/{REMOVED}"
     at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     registry.files.put(mark, as_json({"schema": 1, "by": aliases.who(), "at": at}))
-    if named := registry.aliases_of(version.name).get(version.number):
+    if use := _use(registry, version):
         registry.files.delete(mark)
-        raise aliases.Conflict(f"conflict: {version.name}@{named[0]} was moved to {version.reference} meanwhile: it is not removed")
+        raise aliases.Conflict(f"conflict: an alias was moved meanwhile, and {version.reference} is {use}: it is not removed")
     registry.files.strip(version.folder)
+
+
+def _use(registry: Registry, version: Version, goes_back: bool = True) -> str:
+    """What aliases need a version for, in words; "" if none does. ``goes_back``: also after a rollback."""
+    whole = {each.number for each in registry.versions(version.name)} | {version.number}
+    named = [f"{version.name}@{alias}" for alias in registry.aliases_of(version.name).get(version.number, [])]
+    back = [f"{version.name}@{alias}" for alias, (_, back) in _needs(registry, version.name, whole).items() if back == version.number]
+    told = [f"named by {', '.join(named)}"] * bool(named) + [f"what a rollback of {', '.join(back)} returns to"] * bool(back and goes_back)
+    return " and ".join(told)
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,16 @@ def clean(
 ) -> Cleaning:
     """Free what nothing names. ``keep_aliased``: and remove the versions that no alias names. ``keep_last``: but for the newest so many.
 
-    A version that an alias names or would name after a rollback, and the newest of each name, always stay. Raises: VerificationError,
-    before anything is removed, if an alias, or in a bucket a version, cannot be read: what it names is not known.
+    A version that an alias names or would name after a rollback, and the newest of each name, always stay. ``name``: touch no other
+    mixture; blobs that no version names belong to none, and are freed in any case. Raises: InputError if there is no such registry or
+    name; VerificationError, before anything is removed, if an alias, or in a bucket a version, cannot be read: what it names is not known.
     """
-    half = registry.half_removed() if registry.is_local else []
+    if not grace_hours >= 0:
+        raise InputError(f"--grace-hours {grace_hours:g}: is no number of hours")
+    names = registry.files.names("")
+    if name is None and not names or name is not None and registry.checked(name) not in names:
+        registry.some_versions(name)  # refuses with what there is
+    half = registry.half_removed(name) if registry.is_local else []
     begun = [version.folder for version in half if version.number not in registry.aliases_of(version.name)]
     doomed: list[Version] = []
     if keep_aliased or keep_last is not None:
@@ -82,21 +99,49 @@ def clean(
         doomed = [version for version in doomed if _removed(registry, version)]
         if not registry.is_local:  # somebody may have published meanwhile, or have promoted what was to go
             referenced |= _referenced([version for version in registry.versions() if version not in staying])
-    found = list(registry.files.debris([version.folder for version in doomed], begun, referenced))
-    old = [(path, size) for path, size, age_s in found if age_s >= grace_hours * 3600]
+    found = list(registry.files.debris([version.folder for version in doomed], begun, referenced, name))
+    old = [each for each in found if each.age_s >= grace_hours * 3600]
     if not dry_run:
-        for path, _ in old:
-            (registry.files.strip if path in begun else registry.files.drop)(path)
-    return Cleaning([version.reference for version in doomed], [path for path, _ in old], sum(s for _, s in old), len(found) - len(old))
+        old = [each for each in old if _dropped(registry, each, begun)]
+        if not registry.is_local and old:
+            _require_whole([version for version in registry.versions() if version not in staying], {each.path for each in old})
+    freed = sum(each.size for each in old)
+    return Cleaning([version.reference for version in doomed], [each.path for each in old], freed, len(found) - len(old))
+
+
+def _dropped(registry: Registry, found: Debris, begun: list[str]) -> bool:
+    """Whether it is gone: somebody may have used it again meanwhile."""
+    if found.path in begun:
+        registry.files.strip(found.path)
+        return True
+    return registry.files.drop(found)
+
+
+def _require_whole(new: list[Version], dropped: set[str]) -> None:
+    """Raises: Conflict if a version that was published meanwhile lacks what was deleted; its publisher may be about to mend it."""
+    for version in new:
+        with contextlib.suppress(FileNotFoundError):  # removed already
+            lost = {f"{BLOBS}/{digest}" for digest in version.sums().values()} & dropped
+            if lost - {f"{BLOBS}/{blob}" for blob in version.files.names(BLOBS)}:
+                raise aliases.Conflict(
+                    f"conflict: {version.reference} was published at this moment, and a file that it uses again was deleted: its publisher "
+                    f"sends it again, unless it has ended already: see `diffpruning registry verify {version.reference}`; if it is "
+                    "damaged, remove it and publish it again"
+                )
 
 
 def _in_use(registry: Registry, name: str, versions: list[Version]) -> set[int]:
     """What the aliases name, and what each would name after a rollback."""
-    whole, found = {version.number for version in versions}, set[int]()
+    needs = _needs(registry, name, {version.number for version in versions})
+    return {number for pair in needs.values() for number in pair if number is not None}
+
+
+def _needs(registry: Registry, name: str, whole: set[int]) -> dict[str, tuple[int, int | None]]:
+    """Alias -> what it names, and which of the ``whole`` versions it would name after a rollback."""
+    found = {}
     for alias in aliases.known(registry.files, name):
         if standing := aliases.standing(aliases.history(registry.files, name, alias)):
-            back = aliases.returns_to(standing, whole)
-            found |= {standing[-1]} | (set() if back is None else {back})
+            found[alias] = standing[-1], aliases.returns_to(standing, whole)
     return found
 
 

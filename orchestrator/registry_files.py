@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from workers.contracts import InputError
 from workers.files import sync
@@ -45,6 +45,15 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 class NotAFile(OSError):
     """A link, a folder or a device stands where a file should."""
+
+
+class Debris(NamedTuple):
+    """What nothing needs any more. ``written``: when, by the clock of the storage, in seconds since the epoch."""
+
+    path: str
+    size: int
+    age_s: float
+    written: float
 
 
 class Staged(Protocol):
@@ -96,14 +105,15 @@ class Files(Protocol):
     def strip(self, version: str) -> None:
         """Free what a removed version takes, but for SHA256SUMS and REMOVED."""
 
-    def debris(self, doomed: list[str], begun: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
-        """What nothing needs when the ``doomed`` versions are gone: path, bytes, and seconds since it was written.
+    def debris(self, doomed: list[str], begun: list[str], referenced: set[str], name: str | None = None) -> Iterator[Debris]:
+        """What nothing needs when the ``doomed`` versions are gone.
 
-        ``begun``: versions whose removal is not finished, to be stripped; ``referenced``: the hashes that the other versions name.
+        ``begun``: versions whose removal is not finished, to be stripped; ``referenced``: the hashes that the other versions name;
+        ``name``: leave what lies below other names.
         """
 
-    def drop(self, path: str) -> None:
-        """Delete what ``debris`` named, unless it came into use."""
+    def drop(self, found: Debris) -> bool:
+        """Delete what ``debris`` named; False if it came into use meanwhile and stays."""
 
 
 def read(files: Files, path: str, most_bytes: int = 64 << 20) -> bytes:
@@ -232,13 +242,13 @@ class LocalFiles:
             elif entry.name not in (SUMS, REMOVED):
                 entry.unlink(missing_ok=True)
 
-    def debris(self, doomed: list[str], begun: list[str], referenced: set[str]) -> Iterator[tuple[str, int, float]]:
+    def debris(self, doomed: list[str], begun: list[str], referenced: set[str], name: str | None = None) -> Iterator[Debris]:
         now, going = time.time(), Counter[int]()
         for version in doomed:
             with contextlib.suppress(FileNotFoundError):
                 going.update(_inodes(self._at(version, to_the_end=True)))
         newest: dict[int, float] = {}
-        for path in (*self._unclaimed(), *begun):
+        for path in (*self._unclaimed(name), *begun):
             with contextlib.suppress(FileNotFoundError):
                 size, written = _weigh(self.root / path)
                 if path in begun:
@@ -246,29 +256,31 @@ class LocalFiles:
                 inodes = _inodes(self.root / path)
                 going.update(inodes)
                 newest |= {inode: max(written, newest.get(inode, 0.0)) for inode in inodes}
-                yield path, size, now - written
+                yield Debris(path, size, now - written, written)
         for blob in self.names(BLOBS):
             with contextlib.suppress(FileNotFoundError):
                 found = (self.root / BLOBS / blob).lstat()
                 if blob.startswith("."):
-                    yield f"{BLOBS}/{blob}", 0, now - found.st_ctime
+                    yield Debris(f"{BLOBS}/{blob}", 0, now - found.st_ctime, found.st_ctime)
                 elif found.st_nlink - going[found.st_ino] == 1:
                     # Of no version: no age protects it, since whoever links it just now keeps the bytes under another name.
-                    yield f"{BLOBS}/{blob}", found.st_size, now - newest.get(found.st_ino, -math.inf)
+                    written = newest.get(found.st_ino, -math.inf)
+                    yield Debris(f"{BLOBS}/{blob}", found.st_size, now - written, written)
 
-    def _unclaimed(self) -> Iterator[str]:
+    def _unclaimed(self, only: str | None) -> Iterator[str]:
         """What publishers and promoters write beside, and what killed ones left of it."""
-        for name in self.names(""):
+        for name in self.names("") if only is None else [only]:
             if not name.startswith("."):
                 for home in (name, *(f"{name}/.aliases/{alias}" for alias in self.names(f"{name}/.aliases"))):
                     yield from (f"{home}/{entry}" for entry in self.names(home) if entry.startswith((".publishing-", ".writing-")))
 
-    def drop(self, path: str) -> None:
-        target = self._at(path)
-        if path.startswith(f"{BLOBS}/"):
-            target.unlink(missing_ok=True)
+    def drop(self, found: Debris) -> bool:
+        target = self._at(found.path)
+        if found.path.startswith(f"{BLOBS}/"):
+            target.unlink(missing_ok=True)  # whoever links it just now keeps the bytes
         else:
             shutil.rmtree(target, ignore_errors=True)
+        return True
 
     def _at(self, path: str, to_the_end: bool = False) -> Path:
         """Raises: FileNotFoundError if a folder on the way, or with ``to_the_end`` the last part too, is a link."""

@@ -27,6 +27,8 @@ def pull(version: Version, out: Path, say: Callable[[str], None] = lambda line: 
     Raises: InputError if ``out`` holds something else; VerificationError if the version is not what its manifest says.
     """
     out = Path(os.path.abspath(out))
+    if not out.name:
+        raise InputError(f"--out: {out} cannot become a version's folder: give a folder to make")
     if not out.parent.is_dir():
         raise InputError(f"--out: no such folder: {out.parent}")
     with _locked(out.with_name(f".{out.name}.pulling")) as beside:

@@ -126,6 +126,7 @@ class Server(s3.Server):
         if asked.query.get("generation", str(found.generation)) != str(found.generation):
             raise Refused("404 Not Found", f"No such object: {bucket}/{name}")
         if asked.method == "DELETE":
+            self.require(bucket, name, asked.query)
             del self.buckets[bucket][name]
             return "204 No Content", [], b""
         if asked.query.get("alt") != "media":

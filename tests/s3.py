@@ -23,6 +23,8 @@ class Server:
     """``on_write("before")`` and ``("after")`` are called around every request that changes something, when it is set; if the first returns
     True, the request is lost on its way. A request is whole before anything is done with it, so what its sender does then changes nothing.
 
+    ``on_arrival(method, path, body)`` is called before a request gets its turn, when it is set; others are answered meanwhile.
+
     ``faults``: what becomes of the next conditional writes: "" nothing; "busy", a 409 instead of it; "busy after", a 409 although it was
     written; "lost", written, and a failure is answered.
     """
@@ -33,6 +35,7 @@ class Server:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         app, lock = self.app(), threading.Lock()
         self.on_write: Callable[[str], bool | None] | None = None
+        self.on_arrival: Callable[[str, str, bytes], None] | None = None
         self.faults: Iterator[str] = itertools.repeat("")
         self.requests: list[tuple[str, str]] = []
         self.ignores_conditions = False
@@ -43,6 +46,8 @@ class Server:
             body = environ["wsgi.input"].read(*([] if length is None else [length]))
             if length is not None and len(body) < length:
                 return self.refused(start_response, "400 Bad Request", "IncompleteBody")
+            if self.on_arrival:
+                self.on_arrival(environ["REQUEST_METHOD"], environ["RAW_URI"], body)
             with lock:
                 self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
                 if self.ignores_conditions:
@@ -84,7 +89,7 @@ class Server:
 
     def quiet(self) -> None:
         """As it was when it was new."""
-        self.on_write, self.ignores_conditions, self.faults = None, False, itertools.repeat("")
+        self.on_write, self.on_arrival, self.ignores_conditions, self.faults = None, None, False, itertools.repeat("")
 
     def client(self):
         import boto3

@@ -8,7 +8,9 @@ Legend: n images [n, C, H, W], stored as uint8; one prediction per expert [K, C'
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,9 @@ def compare(folder: Path, device: str) -> dict[str, Any]:
 
     Raises: VerificationError, without the version's name, if it cannot be loaded or computes something else.
     """
-    try:
+    with _told():
         kept, expected, about = _read(folder / GOLDEN)
         images, predictions = _compute(folder, about, device)
-    except (InputError, OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise VerificationError(f"cannot be loaded and sampled: {' '.join(str(error).split())[:300]}") from error
     if images.shape != kept.shape or predictions.shape != expected.shape:
         shapes = [list(tensor.shape) for tensor in (kept, expected, images, predictions)]
         raise VerificationError(
@@ -73,6 +73,26 @@ def compare(folder: Path, device: str) -> dict[str, Any]:
             f"of the range of pixels, {IMAGE_TOLERANCE} is allowed"
         )
     return {"samples": len(kept), "difference": worst}
+
+
+def try_out(folder: Path, scheduler: str, device: str) -> None:
+    """Load the mixture, take one sampling step, and let every expert predict once: there is nothing to compare with.
+
+    Raises: VerificationError, without the version's name, if it cannot, or predicts no numbers.
+    """
+    with _told():
+        _, predictions = _compute(folder, {"scheduler": scheduler, "steps": 1, "seeds": SEEDS[:1]}, device)
+    if lost := [k for k, prediction in enumerate(predictions) if not prediction.isfinite().all()]:
+        raise VerificationError(f"expert {lost[0]} predicts numbers that are not finite")
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raises: VerificationError for whatever the files of a version bring about."""
+    try:
+        yield
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise VerificationError(f"cannot be loaded and sampled: {' '.join(str(error).split())[:300]}") from error
 
 
 def _rms(rows: Tensor) -> Tensor:

@@ -130,6 +130,11 @@ class ObjectStore:
         with self._told(path):
             self.kind.delete(self._key(path))
 
+    def delete_unless_newer(self, path: str, written: float) -> bool:
+        """Delete an object, unless it was written anew after the time that `listing` told of it; whether it is gone."""
+        with self._told(path):
+            return self.kind.delete_unless_newer(self._key(path), written)
+
     def now(self) -> float:
         """Seconds since the epoch by the store's clock, where it tells; else by ours."""
         with self._told(""):

@@ -138,6 +138,22 @@ class GCS:
         with contextlib.suppress(NotFound):
             self._bucket.blob(key).delete(**self._bounds)
 
+    def delete_unless_newer(self, key: str, written: float) -> bool:
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        blob = self._bucket.get_blob(key, **self._bounds)
+        if blob is None:
+            return True
+        if blob.time_created.timestamp() > written:
+            return False
+        try:
+            self._bucket.delete_blob(key, if_generation_match=blob.generation, **self._bounds)
+        except NotFound:  # by somebody else, or by us: the answer to a first request was lost, and it was repeated
+            return True
+        except PreconditionFailed:
+            return False
+        return True
+
     def now(self) -> float:
         from google.auth.transport.requests import AuthorizedSession
 

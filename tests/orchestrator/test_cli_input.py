@@ -485,10 +485,17 @@ def overwrite(path: Path, content: bytes) -> None:
 def test_verify_counts_the_files_of_every_version(tmp_path):
     publish(tmp_path)
     publish(tmp_path, "other")
-    done = diffpruning("registry", "verify")
+    done = diffpruning("registry", "verify", "--hashes-only")
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [f"{name}:1           ok, 2 files, no golden samples: hashes only" for name in ("emoji", "other")]
-    assert json.loads(diffpruning("registry", "verify", "other", "--json").stdout) == [{"version": "other:1", "ok": True, "files": 2}]
+    assert done.stdout.splitlines() == [f"{name}:1           ok, 2 files" for name in ("emoji", "other")]
+    told = {"version": "other:1", "ok": True, "files": 2, "checks": ["hashes"]}
+    assert json.loads(diffpruning("registry", "verify", "other", "--hashes-only", "--json").stdout) == [told]
+
+
+def test_a_version_without_golden_samples_is_loaded_all_the_same(tmp_path):
+    publish(tmp_path)
+    done = diffpruning("registry", "verify")
+    assert done.exit_code == 4 and done.stderr.startswith("error: emoji:1: cannot be loaded and sampled: ")
 
 
 def test_verify_names_a_tampered_file_and_ends_with_4(tmp_path):
@@ -496,15 +503,15 @@ def test_verify_names_a_tampered_file_and_ends_with_4(tmp_path):
     publish(tmp_path, "other", b"others" * 100)
     overwrite(folder / "weights.bin", b"Weights" * 100)
     before = tree(tmp_path)
-    done = diffpruning("registry", "verify", "--json")
+    done = diffpruning("registry", "verify", "--json", "--hashes-only")
     assert done.exit_code == 4
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: emoji:1: weights.bin: sha256 is ")
     emoji, other = json.loads(done.stdout)
     assert (emoji["version"], emoji["ok"]) == ("emoji:1", False)
-    assert other == {"version": "other:1", "ok": True, "files": 2}
+    assert other == {"version": "other:1", "ok": True, "files": 2, "checks": ["hashes"]}
     assert tree(tmp_path) == before
-    assert diffpruning("registry", "verify", "other").exit_code == 0
+    assert diffpruning("registry", "verify", "other", "--hashes-only").exit_code == 0
 
 
 def test_a_tampered_manifest_is_named_and_ends_with_4(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,47 @@ def test_a_version_of_latents_is_exported_with_its_first_stage(registry, tmp_pat
     version = Registry(registry).resolve("latents").path
     by_hand = LDMPipeline(first_stage.load(version / "vqvae").model, MixtureDenoiser.from_pretrained(version), ddim())
     assert np.array_equal(images(DiffusionPipeline.from_pretrained(tmp_path / "out"), 2), images(by_hand, 2))
+
+
+def test_a_version_in_a_bucket_is_exported_as_one_on_a_disk_is(registry, plain, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    uri, version = server.new_registry(), Registry(registry).resolve("pixels")
+    shutil.copytree(version.path, tmp_path / "made", ignore=shutil.ignore_patterns("manifest.json", "SHA256SUMS"))
+    Registry(uri).publish("pixels", version.manifest(), tmp_path / "made")
+    done = run("pixels@latest", "--registry", uri, "--out", tmp_path / "out")
+    assert done.exit_code == 0 and done.stdout.startswith("pixels:1 ") and "file 1 of " in done.stderr
+    assert all((plain / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in files(plain))
+    assert files(tmp_path / "out") == files(plain)
+
+
+# --- other commands on the same versions ----------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_a_version_without_golden_samples_takes_a_sampling_step_when_it_is_verified(registry):
+    done = command("registry", "verify", "pixels", "--registry", registry)
+    assert (done.exit_code, done.stderr) == (0, "") and done.stdout.endswith("files, loaded; no golden samples: took one sampling step\n")
+    rows = json.loads(command("registry", "verify", "--registry", registry, "--json").stdout)
+    assert [row["checks"] for row in rows] == [["hashes", "one sampling step"]] * 3
+
+
+def test_an_expert_that_predicts_no_numbers_is_found_without_golden_samples(registry, tmp_path):
+    mixture = MixtureDenoiser.from_pretrained(Registry(registry).resolve("pixels").path)
+    with torch.no_grad():
+        next(mixture.experts[1].parameters()).fill_(1e38)
+    publish(tmp_path / "registry", "lost", mixture, ddim(), tmp_path / "made")
+    done = command("registry", "verify", "--registry", tmp_path / "registry")
+    assert (done.exit_code, done.stderr) == (4, "error: lost:1: expert 1 predicts numbers that are not finite\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_samples_that_cannot_be_written_are_one_line(registry):
+    done = command("sample", "pixels", "--registry", registry, "--count", 1, "--steps", 1, "--out", "/proc/x.png", "--device", "cpu")
+    assert done.exit_code == 2 and re.fullmatch("error: --out: cannot write /proc/x.png: .+\n", done.stderr)
+    assert command("sample", "pixels", "--registry", registry, "--seed", 10**23).exit_code == 2
 
 
 # --- with code ------------------------------------------------------------------------------------------------------

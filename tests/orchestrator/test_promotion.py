@@ -1,11 +1,17 @@
 """What may be required of a version before an alias names it."""
 
-import pytest
+import re
+import shlex
+from pathlib import Path
 
+import pytest
+from click.testing import CliRunner
+
+from orchestrator.cli import main
 from orchestrator.promotion import numbers, promote
 from orchestrator.registry import Registry
 from tests import mixtures
-from workers.contracts import InputError, RunFailed
+from workers.contracts import InputError, RunFailed, VerificationError
 
 
 @pytest.fixture
@@ -69,6 +75,32 @@ def test_a_delta_is_the_difference_from_the_version_that_the_alias_names_now(pub
     promote(registry, three, "champion", required=["fd_delta<=-0.5"])
     with pytest.raises(RunFailed, match="fd_delta is 0.5, required is fd_delta<0.5"):
         promote(registry, three, "staging", required=["fd_delta<0.5"])
+
+
+def test_the_promotions_of_the_readme_run_as_printed_after_the_quickstart(publish):
+    publish("run-80", paired_mse=0.08), publish("run-60", paired_mse=0.11)  # near what it measures, without frechet
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = re.findall("^diffpruning (registry (?:promote|rollback) .*)$", readme, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        done = CliRunner().invoke(main, [*shlex.split(command), "--registry", str(publish.registry.root)], catch_exceptions=False)
+        assert done.exit_code == 0, (command, done.output)
+    assert publish.registry.resolve("quickstart@champion").number == 1
+
+
+def test_what_is_required_is_required_of_the_version_that_the_alias_names_already(publish):
+    version = publish("run-a", frechet=7.0)
+    promote(publish.registry, version, "champion")
+    assert promote(publish.registry, version, "champion", required=["fd<=7", "fd_delta<=0"]) is None
+    with pytest.raises(RunFailed, match="quickstart:1 is champion already, but fd is 7, required is fd<=6"):
+        promote(publish.registry, version, "champion", required=["fd<=6"])
+    with pytest.raises(InputError, match="is not of the form"):
+        promote(publish.registry, version, "champion", required=["nonsense"])
+    (version.path / "config.json").chmod(0o644)
+    (version.path / "config.json").write_text("damaged")
+    with pytest.raises(VerificationError, match="config.json: sha256 is"):
+        promote(publish.registry, version, "champion")
+    assert publish.registry.aliases_of("quickstart") == {1: ["champion"]}
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_an_expert_that_two_versions_share_is_stored_once(shelf):
 def test_a_damaged_file_is_found_and_the_others_are_listed(shelf):
     first, _ = shelf.publish("run-a"), shelf.publish("run-b")
     shelf.damage(first, "model-00002-of-00002.safetensors")
-    done = shelf.command("verify", "--json")
+    done = shelf.command("verify", "--hashes-only", "--json")
     assert done.exit_code == 4 and "quickstart:1: model-00002-of-00002.safetensors: sha256 is " in done.stderr
     assert [row["ok"] for row in json.loads(done.stdout)] == [False, True]
     assert shelf.command("list").exit_code == 0
@@ -121,7 +121,7 @@ def test_reading_changes_nothing(shelf):
     for command in (
         ["list"],
         ["show", "quickstart"],
-        ["verify"],
+        ["verify", "--hashes-only"],
         ["history", "quickstart"],
         ["lineage", "quickstart"],
         ["gc", "--dry-run"],
@@ -204,6 +204,14 @@ def test_what_is_not_good_enough_or_not_whole_is_not_promoted(shelf):
     assert shelf.registry.resolve("quickstart@champion") == two
 
 
+def test_a_version_has_no_history(tmp_path):
+    shelf = Shelf(tmp_path)
+    promote(shelf.registry, shelf.publish("run-a"), "champion")
+    told = refusal(shelf.command("history", "quickstart:1"), 2)
+    assert told == "history quickstart:1: aliases are moved, not versions: give quickstart or quickstart@champion"
+    assert "nothing -> quickstart:1" in shelf.command("history", "quickstart").stdout
+
+
 # --- removing -------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +249,7 @@ def test_a_removal_gives_way_to_a_promotion_at_the_same_time(shelf, monkeypatch)
         return put(files, path, content)
 
     monkeypatch.setattr(type(shelf.registry.files), "put", meanwhile)
-    with pytest.raises(Conflict, match="quickstart@champion was moved to quickstart:1 meanwhile: it is not removed"):
+    with pytest.raises(Conflict, match="moved meanwhile, and quickstart:1 is named by quickstart@champion: it is not removed"):
         remove(shelf.registry, version)
     assert shelf.registry.verify(shelf.registry.resolve("quickstart@champion")) == 4
 
@@ -324,6 +332,13 @@ def test_a_pulled_folder_holds_the_published_files_and_nothing_else(shelf, tmp_p
     assert json.loads(shelf.command("pull", "quickstart", "--out", tmp_path / "copy", "--json").stdout)["fetched_bytes"] == 0
     if shelf.server is None:
         assert (tmp_path / "copy" / "config.json").stat().st_nlink == 1  # a copy is the user's to change
+
+
+def test_a_place_that_has_no_name_is_no_folder_to_pull_into(tmp_path):
+    shelf = Shelf(tmp_path)
+    shelf.publish("run-a")
+    told = "--out: / cannot become a version's folder: give a folder to make"
+    assert refusal(shelf.command("pull", "quickstart", "--out", "/"), 2) == told
 
 
 @every
@@ -431,7 +446,8 @@ def test_an_old_blob_is_made_new_when_it_is_used_again_so_that_gc_leaves_it(tmp_
     shelf.publish("run-b")
     shared = f".blobs/{shelf.registry.resolve('quickstart').sums()['model-00001-of-00002.safetensors']}"
     asked = [method for method, path in server.requests if path.endswith(shared)]
-    assert asked == (["HEAD", "PUT"] if shelf.uri.startswith("s3") else ["GET", "POST", "POST"])  # a look, and a copy in one step or two
+    # a look, and a copy in one step or two; then before and after the version appears a look whether it is still there
+    assert asked == (["HEAD", "PUT", "HEAD", "HEAD"] if shelf.uri.startswith("s3") else ["GET", "POST", "POST", "GET", "GET"])
 
 
 def test_credentials_are_in_no_output_and_in_no_object(tmp_path, s3, monkeypatch):

@@ -238,7 +238,8 @@ def test_list_show_and_verify_agree_with_the_manifest(run):
     ]
     [verified] = json.loads(diffpruning("registry", "verify", "--json", "--registry", run.registry).stdout)
     assert 0 <= verified.pop("difference") < 0.02
-    assert verified == {"version": "small:1", "ok": True, "files": len(manifest["files"]), "samples": 4}
+    checks = ["hashes", "golden samples"]
+    assert verified == {"version": "small:1", "ok": True, "files": len(manifest["files"]), "checks": checks, "samples": 4}
 
 
 def test_status_shows_six_done_stages_and_the_report(run):
