@@ -6,14 +6,17 @@ JOB ?= jobs/quickstart.yaml
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test faults lint clean
+.PHONY: quickstart test slow faults lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/diffpruning run $(JOB) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not ray" --numprocesses auto --dist worksteal
-	$(BIN)/python -m pytest -m "ray and not slow"     # the rest: pytest -m "ray and slow"
+	$(BIN)/python -m pytest -m "not ray and not slow" --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest -m "ray and not slow"
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not ray" --numprocesses auto --dist worksteal
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m faults
