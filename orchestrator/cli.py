@@ -18,9 +18,10 @@ from typing import Any
 import click
 
 from orchestrator import __version__
+from orchestrator.capacity import check_here
 from orchestrator.cli_compare import analyze, compare
 from orchestrator.cli_convert import convert_ldm
-from orchestrator.cli_driver import check_capacity, driver
+from orchestrator.cli_driver import driver
 from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_export import export
 from orchestrator.cli_jobs import jobs_group, submit
@@ -185,7 +186,8 @@ def run(
 
     config = load_job(job, overrides)
     if not inline:
-        check_capacity(config)  # before anything large is imported or read
+        # before anything large is read; what is done needs no GPU
+        check_here(config, gpus=not (config.place.folder / "run.json").exists())
     from orchestrator import planning, report
     from orchestrator.registry import Registry
     from orchestrator.results import record
