@@ -23,7 +23,12 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which of a job's stages: ``only``, ``until`` and ``redo``."""
     stage = click.Choice(STAGE_NAMES)
     for add in (
-        click.option("--redo", type=stage, multiple=True, help="Make a stage and all after it again; what was made is set aside."),
+        click.option(
+            "--redo",
+            type=stage,
+            multiple=True,
+            help="Make a stage and all after it again; what was made is set aside, the cache is kept.",
+        ),
         click.option("--until", type=stage, help="Run the stages up to this one, and this one."),
         click.option("--only", type=stage, help="Run one stage; those before it must be done."),
     ):
