@@ -7,7 +7,6 @@ sampler. Both lie in the run folder's cache, as good as new while the experts' w
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from orchestrator import experts
 from orchestrator.experts import identity
 from orchestrator.pipeline import Context
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_object, write_json
 from workers import families, tasks_route
 from workers.contracts import Budget, ExpertCheckpoint, ExpertTask, RouteTask, digest_of
 from workers.diffusion import sampler_timesteps, steps_per_expert
@@ -32,7 +31,9 @@ def calibrate(ctx: Context, item: RouteTask, rows: Sequence[int]) -> RouteTask:
     """The task with its sensitivities, and its influence under its budget's sampler, measured unless they are there. ``rows``: the training
     images."""
     tables = [(item, k, str(_file(ctx, "sensitivity", [expert], []))) for k, expert in enumerate(item.experts)]
-    ctx.cluster.scatter(tasks_route.expert_sensitivity, [table for table in tables if not Path(table[2]).exists()])
+    todo = [table for table in tables if read_object(Path(table[2]), "rises", "seconds") is None]
+    ctx.reused |= len(todo) < len(tables)
+    ctx.cluster.scatter(tasks_route.expert_sensitivity, todo)
     return replace(item, sensitivity=tuple(out for _, _, out in tables), influence=_influence(ctx, item, rows))
 
 
@@ -50,7 +51,9 @@ def seconds_of(item: RouteTask) -> dict[str, float]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    return json.loads(Path(path).read_text())
+    found = read_object(Path(path), "seconds")
+    assert found is not None, path
+    return found
 
 
 def _influence(ctx: Context, item: RouteTask, rows: Sequence[int]) -> str | None:
@@ -62,7 +65,9 @@ def _influence(ctx: Context, item: RouteTask, rows: Sequence[int]) -> str | None
     tuned, middle = _tuned(ctx, item, rows)
     keys = [] if middle is None else [middle.to_json(), *(experts.key_of(ctx, task, item.experts) for task in tuned)]
     out = _file(ctx, "influence", item.experts, [samples, scheduler, steps, guidance, keys])
-    if read_json(out) is None:
+    if read_object(out, "influence", "seconds") is not None:
+        ctx.reused = True
+    else:
         found = _distances(ctx, InfluenceTask(item, samples, ctx.job.evaluate.batch_size, guidance, "", tuned, middle), keys)
         timesteps = sampler_timesteps(scheduler, families.load_scheduler_config(item.model), steps)
         shares = [count / len(timesteps) for count in steps_per_expert(item.partition, timesteps)]
@@ -85,7 +90,8 @@ def _distances(ctx: Context, task: InfluenceTask, keys: list[Any]) -> dict[str, 
     item = task.route
     drawn = drawn_with(item.budget.scheduler, item.budget.steps)
     out = _file(ctx, "distances", item.experts, [task.samples, *drawn, task.guidance_scale, keys])
-    if (known := read_json(out)) is not None:
+    if (known := read_object(out, "distances", "errors", "seconds")) is not None:
+        ctx.reused = True
         return known
     task = replace(task, dense=str(out.with_suffix(".npz")))
     with dense_samples(ctx, task) as seconds:

@@ -18,13 +18,14 @@ from typing import Any
 import click
 
 from orchestrator import __version__
+from orchestrator.capacity import check_here
 from orchestrator.cli_compare import analyze, compare
 from orchestrator.cli_convert import convert_ldm
-from orchestrator.cli_driver import check_capacity, driver
+from orchestrator.cli_driver import driver
 from orchestrator.cli_evaluate import evaluate
 from orchestrator.cli_export import export
 from orchestrator.cli_jobs import jobs_group, submit
-from orchestrator.cli_options import check_stages, device_here, json_option, printable, run_options, set_option, show
+from orchestrator.cli_options import Number, check_stages, device_here, json_option, printable, run_options, set_option, show
 from orchestrator.cli_profile import profile
 from orchestrator.cli_registry import registry as registry_commands
 from orchestrator.cli_registry import registry_option
@@ -185,7 +186,8 @@ def run(
 
     config = load_job(job, overrides)
     if not inline:
-        check_capacity(config)  # before anything large is imported or read
+        # before anything large is read; what is done needs no GPU
+        check_here(config, gpus=not (config.place.folder / "run.json").exists())
     from orchestrator import planning, report
     from orchestrator.registry import Registry
     from orchestrator.results import record
@@ -275,8 +277,8 @@ def report_command(job: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps; default: those the mixture was planned for.")
 @click.option("--scheduler", help="ddpm, ddim, dpmpp, dpmpp-karras, unipc or euler; default: the planned one.")
 @click.option("--class-label", type=click.IntRange(0), help="Class of all images, for a class-conditional model; default: each its own.")
-@click.option("--guidance-scale", default=1.0, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance; 1 is none.")
-@click.option("--eta", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Noise that DDIM adds: 0 none, 1 as much as DDPM.")
+@click.option("--guidance-scale", default=1.0, show_default=True, type=Number(0), help="Classifier-free guidance; 1 is none.")
+@click.option("--eta", default=0.0, show_default=True, type=Number(0, 1), help="Noise that DDIM adds: 0 none, 1 as much as DDPM.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 1 << 62), help="Of the first image; the next has the next.")
 @click.option("--count", default=16, show_default=True, type=click.IntRange(1, 4096), help="Images to draw.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(path_type=Path), help="PNG file: a grid of all images.")

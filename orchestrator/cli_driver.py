@@ -25,6 +25,8 @@ def driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]
 
     _require_lasting({"storage.path": prepared.store.folder, "registry.path": Path(prepared.job.registry.path)})
     signal.signal(signal.SIGTERM, _as_interrupt)
+    if not (prepared.store.folder / "run.json").exists():  # nothing is done, so there is work; a refusal leaves nothing behind
+        _check_capacity(prepared.job, inline)
     prepared.store.claim(planning.owner(prepared.job, prepared.pipeline.identity))
     clusters: list[Any] = []
     view = ProgressView(Console(file=sys.stderr), prepared.store.folder / "progress.json", prepared.pipeline.fingerprints)
@@ -64,14 +66,18 @@ def _as_interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def check_capacity(job: Any) -> None:
-    """Refuse at once what no Ray on this machine can hold; what a cluster holds, only the cluster knows. Raises: InputError."""
-    from orchestrator.cluster import Need, cpus_here
+def _check_capacity(job: Any, inline: bool) -> None:
+    """Raises: InputError if the job's workers can never run where they are to run."""
+    from orchestrator.capacity import check_here
 
-    asked = job.resources
-    if not os.environ.get("RAY_ADDRESS"):
-        need = Need("cpu", asked.cpus_per_worker, 0, asked.workers_per_expert, asked.custom)
-        need.check([{"CPU": cpus_here(asked.local_cpus)}], "a Ray on this machine (RAY_ADDRESS is not set)")
+    if inline:
+        device_here(job.resources.device, "resources.device")
+    elif address := os.environ.get("RAY_ADDRESS"):
+        from orchestrator.ray_cluster import ask
+
+        ask(job, address)
+    else:
+        check_here(job)
 
 
 def _cluster(job: Any, view: Any, on_progress: Callable[[Any], None], inline: bool, store: Any) -> Any:
@@ -81,7 +87,9 @@ def _cluster(job: Any, view: Any, on_progress: Callable[[Any], None], inline: bo
 
         device = device_here(need.device, "resources.device")
         return InlineCluster(Need(device, need.cpus_per_worker, need.gpus_per_worker if device == "cuda" else 0), on_progress)
-    check_capacity(job)
+    from orchestrator.capacity import check_here
+
+    check_here(job)
     from orchestrator.ray_cluster import RayCluster
 
     return RayCluster(

@@ -48,7 +48,7 @@ def evaluate(
     config = load_job(job, overrides)
     from orchestrator import evaluation, planning, stages
     from orchestrator.results import TABLE, holding
-    from orchestrator.store import read_json, write_json
+    from orchestrator.store import read_object, write_json
 
     prepared = planning.make_ready(config)
     ctx = _context(prepared)
@@ -63,7 +63,7 @@ def evaluate(
         metrics = evaluation.read_table(measured, rows)
         view.on_stage("evaluate", "finished", time.monotonic() - started)
         dense, mixtures, table = metrics[evaluation.DENSE], ctx.fingerprints["finetune"], prepared.store.folder / TABLE
-        before = read_json(table) or {}
+        before = read_object(table) or {}
         kept = holding(before.get("rows", {}), dense, before.get("mixtures") == mixtures)  # also what this job no longer asks for
         found = {"protocol": dense["protocol"], "mixtures": mixtures, "rows": {label: metrics[label] for label in chosen}}
         write_json(table, {**found, "rows": {**metrics, **{label: row for label, row in kept.items() if label not in metrics}}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the job, e.g. --set budgets.0.ratio=0.4"
 )
+
+
+class Number(click.FloatRange):
+    """A number of a range, which NaN and infinity are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return found
+
+
 STAGE_NAMES = ("analyze", "partition", "specialize", "route", "finetune", "publish")
 
 
@@ -23,7 +36,12 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which of a job's stages: ``only``, ``until`` and ``redo``."""
     stage = click.Choice(STAGE_NAMES)
     for add in (
-        click.option("--redo", type=stage, multiple=True, help="Make a stage and all after it again; what was made is set aside."),
+        click.option(
+            "--redo",
+            type=stage,
+            multiple=True,
+            help="Make a stage and all after it again; what was made is set aside, the cache is kept.",
+        ),
         click.option("--until", type=stage, help="Run the stages up to this one, and this one."),
         click.option("--only", type=stage, help="Run one stage; those before it must be done."),
     ):

@@ -18,7 +18,7 @@ from workers.contracts import InputError
 @columns_option
 @json_option
 def results(runs: tuple[str, ...], group: bool, out: Path | None, figure: Path | None, more: bool, as_json: bool) -> None:
-    """What several runs measured, in one table sorted by measured time. Each RUN is a job file or a run folder.
+    """What several runs measured, in one table sorted by measured time. Each RUN is a job file, a run folder, or the name of one in runs.
 
     All must be of one model and measured under one protocol; the dense model then stands in the table once.
     """

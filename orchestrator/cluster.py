@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.scheduling import Call
-from orchestrator.store import storage_error, write_json
+from orchestrator.store import read_as, storage_error, write_json
 from workers.contracts import ExpertCheckpoint, InputError, Progress, RunFailed
 from workers.files import finished, remove
 from workers.session import Session
@@ -174,7 +173,9 @@ class TrialLog:
         return self.folder / f"{key.replace('/', ' ').replace(':', '-')}.json"
 
     def read(self, keys: Iterable[str]) -> dict[str, SearchTrial]:
-        return {key: SearchTrial.from_json(json.loads(self.file(key).read_text())) for key in keys if self.file(key).exists()}
+        """Those that ended. Raises: InputError that names a damaged file."""
+        found = {key: read_as(self.file(key), SearchTrial.from_json) for key in keys}
+        return {key: trial for key, trial in found.items() if trial is not None}
 
     def write(self, key: str, trial: SearchTrial) -> None:
         write_json(self.file(key), trial.to_json())

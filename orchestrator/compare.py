@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator import figures_compare
 from orchestrator.remarks import RELIABLE, RETURNED
 from orchestrator.results import JOB
-from orchestrator.store import read_json
+from orchestrator.store import read_object
 from orchestrator.words import both
 from workers import agreement, families
 from workers.agreement import Side
@@ -37,8 +37,8 @@ class Run:
 
 def load(folder: Path) -> Run:
     """Read a run folder. Raises: InputError if its first two stages are not done, or its model is no longer there."""
-    owner = read_json(folder / "run.json") or {}
-    fingerprints = (read_json(folder / "progress.json") or {}).get("fingerprints", {})
+    owner = read_object(folder / "run.json", "name") or {}
+    fingerprints = (read_object(folder / "progress.json") or {}).get("fingerprints", {})
     (analyzed, analysis), (_, cut) = (_done(folder, stage, fingerprints.get(stage, "")) for stage in ("analyze", "partition"))
     matrix = SimilarityMatrix.from_json(analysis["similarity"])
     try:
@@ -58,14 +58,14 @@ def load(folder: Path) -> Run:
 
 def _rule(folder: Path, cut: dict[str, Any]) -> str:
     """How a run was cut; an older version left that to its job."""
-    asked = (read_json(folder / JOB) or {}).get("config", {}).get("partition", {})
+    asked = (read_object(folder / JOB) or {}).get("config", {}).get("partition", {})
     return cut.get("rule") or ("given" if isinstance(asked.get("experts"), list) else asked.get("method", LEARNED))
 
 
 def _done(run: Path, stage: str, fingerprint: str) -> tuple[Path, dict[str, Any]]:
     """The folder and the result of a stage, under the settings that the run was last used with."""
     folder = run / f"{stage}-{fingerprint[:8]}"
-    record = read_json(folder / "done.json")
+    record = read_object(folder / "done.json", "result")
     if record is None:
         raise InputError(f"{run}: stage {stage} is not done: run `diffpruning analyze` on its job first")
     return folder, record["result"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from orchestrator.explain import explain
-from orchestrator.job_file import find_job, read_job
+from orchestrator.job_file import RUNS, find_job, read_job
 from orchestrator.place import Place
 from workers.contracts import REWRITES, Budget, ElasticSettings, InputError, RouteSettings, Timing, TrainSettings
 
@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 class Storage(Section):
     path: str = Field(
-        "runs",
+        str(RUNS),
         min_length=1,
         description="Folder of run folders, relative to the current folder, or s3:// or gs://bucket/prefix; a run lives in PATH/NAME.",
     )
@@ -218,7 +218,7 @@ class Latency(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Weights and activations.")
     compile: bool = Field(False, description="Residual blocks compiled with torch.compile, as diffusers' compile_repeated_blocks does.")
     cuda_graphs: bool = Field(False, description="Networks replayed as CUDA graphs: what small batches take when no host is in the way.")
-    fused_kernels: bool = Field(False, description="Norms and biases by this project's GPU kernels, as after MixtureDenoiser.fuse().")
+    fused_kernels: bool = Field(False, description="Norms and biases by this project's GPU kernels, as after workers.fused.fuse.")
 
 
 class Export(Section):

@@ -20,7 +20,7 @@ from orchestrator.config import JobConfig
 from orchestrator.experts import identity
 from orchestrator.pipeline import Context
 from orchestrator.results import commit
-from orchestrator.store import read_json
+from orchestrator.store import read_object
 from workers import data, diffusion, evaluate, extractors, families, first_stage, frechet, partition, tasks_evaluate
 from workers.contracts import (
     DenoiserRef,
@@ -138,10 +138,13 @@ def _owners(files: Mapping[str, Path]) -> dict[Path, str]:
 
 def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequence[int], stage: str = "publish") -> dict[str, Path]:
     """Measure what is missing; the file of every row. ``rows`` begin with dense. ``held_out``: rows of the cache of images or latents."""
+    before = {str(path) for path in ctx.store.folder.glob("cache/reference-*.npz")}
     protocol, reference, kid_reference = _protocol(ctx, stage)
+    ctx.reused |= bool(before & {reference, kid_reference})
     files = _files(ctx, rows, protocol)
     owners = _owners(files)
-    missing = [label for label, file in files.items() if owners[file] == label and not file.exists()]
+    missing = [label for label, file in files.items() if owners[file] == label and read_object(file) is None]
+    ctx.reused |= len(missing) < len(owners)
     if not missing:
         return files
     (ctx.store.folder / FOLDER).mkdir(exist_ok=True)
@@ -165,6 +168,7 @@ def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequen
         )
         for label in missing
     )
+    ctx.reused |= len(undrawn) < sum(map(len, shards.values()))
     ctx.cluster.scatter(tasks_evaluate.evaluate_shard, undrawn)
     ctx.cluster.scatter(tasks_evaluate.summarise, [work])  # one task: times are taken while nothing else runs
     return files
@@ -210,7 +214,7 @@ def read_table(files: Mapping[str, Path], rows: Mapping[str, Row]) -> dict[str, 
 
     Raises: InputError if they were not measured under one protocol.
     """
-    metrics = {label: {**(read_json(file) or {}), **rows[label].told} for label, file in files.items()}
+    metrics = {label: {**(read_object(file) or {}), **rows[label].told} for label, file in files.items()}
     common_protocol(metrics)
     dense = metrics[DENSE]
     owners = _owners(files)

@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.pipeline import Context
 from orchestrator.scheduling import longest_first
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_object, write_json
 from workers import families, tasks
 from workers.contracts import (
     ArchitectureSpec,
@@ -128,7 +128,7 @@ def fit(ctx: Context, stage: str, jobs: Mapping[str, ExpertTask], keys: Mapping[
 
 def _record(ctx: Context, run: str) -> dict[str, Any] | None:
     """What is written of a run that ended; None if it is still to be made, or its weights are gone."""
-    found = read_json(ctx.store.folder / FOLDER / run / RECORD)
+    found = read_object(ctx.store.folder / FOLDER / run / RECORD, "path")
     return found if found is not None and (ctx.store.folder / found["path"]).is_dir() else None
 
 

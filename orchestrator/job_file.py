@@ -13,6 +13,8 @@ import yaml
 from workers.contracts import InputError
 
 BUNDLED = Path(__file__).resolve().parent.parent / "jobs"
+RUNS = Path("runs")
+"""Where run folders are unless ``storage.path`` says otherwise."""
 PATH_KEYS = (
     ("model", "path"),
     ("data", "path"),
@@ -60,8 +62,12 @@ def _bundled_names() -> str:
 
 
 def find_run(job: str) -> Path | None:
-    """The run folder that the words name; None if they name a job. Raises: InputError for another folder."""
+    """The run folder that the words name, by its path or, under the default ``storage.path``, its name; None if they name a job.
+
+    Raises: InputError for another folder."""
     folder = Path(os.path.expanduser(job))
+    if Path(job).name == job and not os.path.exists(folder) and _bundled(job) is None and os.path.isfile(RUNS / job / "run.json"):
+        return RUNS / job
     if os.path.isfile(folder / "run.json"):
         return folder
     if os.path.isdir(folder) and _bundled(job) is None:

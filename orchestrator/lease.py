@@ -39,6 +39,7 @@ class Lease:
         self.store, self.lost = store, ""
         self.about = {"machine": machine, "host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
         self._on_lost = on_lost or (lambda: os.kill(os.getpid(), signal.SIGINT))
+        self._heart = threading.Thread(target=self._beat, daemon=True, name="lease")
         self._over, self._renewed, self.number = threading.Event(), time.time(), 0
 
     def take(self) -> None:
@@ -54,10 +55,12 @@ class Lease:
         for number in self._numbers():
             if number < self.number:
                 self.store.delete(self._name(number))
-        threading.Thread(target=self._beat, daemon=True, name="lease").start()
+        self._heart.start()
 
     def give_back(self) -> None:
         self._over.set()
+        if self._heart.is_alive():  # what it is writing now would stand over what is written here
+            self._heart.join(EXPIRES_S)
         if not self.lost:
             self.store.put(self._name(self.number), self._content(True))
 

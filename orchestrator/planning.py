@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import evaluation
+from orchestrator import capacity, evaluation
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Pipeline
 from orchestrator.registry import Registry
@@ -303,7 +303,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "free_bytes": prepared.free_bytes,
         "trainer_bytes": _trainer_bytes(job, table),
         "stages": stages,
-        "warnings": _few_steps(prepared),
+        "warnings": [*_few_steps(prepared), *capacity.warning_here(job)],
     }
 
 

@@ -7,13 +7,15 @@ before may be behind after it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from orchestrator import experts
 from orchestrator.calibration import dense_samples
 from orchestrator.pipeline import Context
+from orchestrator.store import read_object
 from workers import tasks_route
 from workers.contracts import Budget, MixturePlan, RouteTask, digest_of
 from workers.trials import InfluenceTask, ProxyTask
@@ -31,15 +33,20 @@ def compare(ctx: Context, item: RouteTask, rows: Sequence[int], plans: Sequence[
         files[plan.budget, plan.experts] = task.out
         tasks.setdefault(task.out, task)
     folder = ctx.store.folder
-    todo = [task for name, task in tasks.items() if not (folder / name).exists()]
+    todo = [task for name, task in tasks.items() if _read(folder / name) is None]
+    ctx.reused |= len(todo) < len(tasks)
     if todo:
         with dense_samples(ctx, todo[0].drawn):
             placed = [replace(task, out=str(folder / task.out)) for task in todo]
             ctx.cluster.scatter(tasks_route.proxy_distance, placed)
-    found = {name: json.loads((folder / name).read_text()) for name in tasks}
+    found = {name: of for name in tasks if (of := _read(folder / name)) is not None}
     distances = {key: found[name]["distance"] for key, name in files.items()}
     told = [replace(plan, distance=distances.get((plan.budget, plan.experts))) for plan in plans]
     return told, sum(of["seconds"] for of in found.values())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return read_object(path, "distance", "seconds")
 
 
 def _rivals(plans: Sequence[MixturePlan]) -> list[MixturePlan]:

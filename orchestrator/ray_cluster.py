@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures as futures
 import contextlib
+import io
 import itertools
 import json
 import logging
 import os
-import re
 import secrets
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -36,6 +35,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.address import refusal, require_reachable
 from orchestrator.cluster import Need, Task, TrialLog, cpus_here, raise_failures, task_name
 from orchestrator.ray_jobs import TrainState
 from orchestrator.scheduling import Call
@@ -51,6 +51,7 @@ ATTEMPTS = 2
 TRAINERS_EVERY_S = 5.0
 STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 NODES_TIMEOUT_S = 120.0
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 _TOKEN = secrets.token_hex(32)
 """Of the Ray that this process starts; one for all of them, for Ray's core reads it once."""
@@ -101,13 +102,7 @@ class RayCluster:
         finally:
             signal.signal(signal.SIGTERM, on_term)  # Ray's core puts its own in place, which aborts
         try:
-            if device == "auto" and self.autoscale_to:
-                raise InputError("resources.device is auto, but nodes of resources.autoscale_to are still to come: set it to cuda or cpu")
-            if device == "auto":
-                device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-            self.need = Need(device, cpus, gpus if device == "cuda" else 0, workers_per_expert, custom)
-            if self.autoscale_to < workers_per_expert:
-                self.need.check([node["Resources"] for node in ray.nodes() if node["Alive"]], "this cluster")
+            self.need = _need(device, cpus, gpus, workers_per_expert, custom, self.autoscale_to)
             self._mark(folder)
             self._watch(on_progress, on_trainers, folder.name)
         except BaseException:
@@ -117,14 +112,9 @@ class RayCluster:
     def _connect(self, local_cpus: int | None) -> None:
         if not self._own:
             return
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address := os.environ.get("RAY_ADDRESS"):
-            _require_reachable(address)
             os.environ.setdefault(STATE_TRACKING, "1")  # one actor of 0.4 GB for the whole cluster; too much for a laptop
-            try:
-                self._dashboard = ray.init(**options).dashboard_url
-            except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-                raise InputError(f"RAY_ADDRESS {address}: {_refusal(str(error))}") from error
+            self._dashboard = _join(address)
             return
         # its ports are open to the whole network, and who may speak to one may run code; known to this process and what it starts alone
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
@@ -137,7 +127,7 @@ class RayCluster:
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 object_store_memory=256 * 2**20,
-                **options,
+                **QUIET,
             ).dashboard_url
         except Exception as error:  # Ray has no type of its own for it
             raise RunFailed(
@@ -361,17 +351,39 @@ class RayCluster:
         self._log.close()
 
 
-def _require_reachable(address: str) -> None:
-    """Raises: InputError within seconds if nobody listens; Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdecimal():
-        return  # "auto" or "local"
+def _join(address: str) -> str | None:
+    """Connect to the cluster that RAY_ADDRESS names; its dashboard. Raises: InputError if it does not answer, or does not take us."""
+    require_reachable(address)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        raise InputError(
-            f"RAY_ADDRESS is {address}, but nothing answers there ({error.strerror or error}): start the cluster or unset it"
-        ) from None
+        return ray.init(**QUIET).dashboard_url
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise InputError(f"RAY_ADDRESS {address}: {refusal(str(error))}") from error
+
+
+def _need(device: str, cpus: float, gpus: float, workers: int, custom: Any, autoscale_to: int) -> Need:
+    """What a worker needs of the Ray that this process is connected to. Raises: InputError if one expert's workers never fit there."""
+    if device == "auto" and autoscale_to:
+        raise InputError("resources.device is auto, but nodes of resources.autoscale_to are still to come: set it to cuda or cpu")
+    if device == "auto":
+        device = "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    need = Need(device, cpus, gpus if device == "cuda" else 0, workers, custom)
+    if autoscale_to < workers:
+        need.check([node["Resources"] for node in ray.nodes() if node["Alive"]], "this cluster")
+    return need
+
+
+def ask(job: Any, address: str) -> None:
+    """Ask the cluster that RAY_ADDRESS names, and leave it again. Raises: InputError if it does not let us in, or nothing fits."""
+    if ray.is_initialized():
+        return
+    asked, said = job.resources, io.StringIO()  # there is no run folder yet that could take Ray's own lines
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            _join(address)
+            workers = (asked.cpus_per_worker, asked.gpus_per_worker, asked.workers_per_expert, asked.custom)
+            job.timing().check(_need(asked.device, *workers, asked.autoscale_to or 0).device)
+        finally:
+            ray.shutdown()
 
 
 class _Recorder(tune.Callback):
@@ -382,18 +394,6 @@ class _Recorder(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._log.write(trial.last_result["trial"], SearchTrial.from_json(json.loads(trial.last_result["outcome"])))
-
-
-def _refusal(text: str) -> str:
-    """Why a cluster does not take us, and what to do, in one line."""
-    told = re.findall(r"(Ray|Python): (\S+)", text)
-    if "ersion mismatch" in text and len(told) >= 4:
-        cluster, here = ("Ray {} on Python {}".format(*(dict(pair)[key] for key in ("Ray", "Python"))) for pair in (told[:2], told[2:4]))
-        return (
-            f"the cluster runs {cluster}, this command {here}: use the cluster's versions, or `diffpruning submit`, which uses its Python"
-        )
-    reason = " ".join(text.split())[:200]
-    return f"{reason}; a cluster that asks for a token needs RAY_AUTH_MODE=token and its token"
 
 
 def _check_nodes(marker: Path, mirror: Mirror | None = None) -> None:

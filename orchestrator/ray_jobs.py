@@ -220,6 +220,11 @@ def _trainer(run: dict[str, Any]) -> dict[str, Any]:
 
 def _require_dashboard(address: str) -> None:
     """Raises: InputError for what is no address, and within seconds where nobody listens; Ray itself sets no limit of time."""
+    if "@" in address:  # not repeated: it would be read on the screen and in logs
+        raise InputError(
+            "--address holds a user name or a password: give http://HOST:8265 alone; a cluster that asks for a token takes it from the "
+            "file that RAY_AUTH_TOKEN_PATH names"
+        )
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
@@ -242,6 +247,9 @@ def _token_hint(text: str) -> str:
             "asks for a token: export RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token "
             "(on the head: `ray get-auth-token`) or in the file that RAY_AUTH_TOKEN_PATH names"
         )
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if path and not os.environ.get("RAY_AUTH_TOKEN") and not os.path.isfile(os.path.expanduser(path)):
+        return f"asks for a token, but RAY_AUTH_TOKEN_PATH is {path}, and there is no such file"
     return "refuses this token: it is not the cluster's (on the head: `ray get-auth-token`)"
 
 

@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from orchestrator import tables
-from orchestrator.store import read_json, write_json
+from orchestrator.store import read_object, write_json
 from orchestrator.words import CUT_ONLY, both, measured_under, percent, sampler, sig, timed_on
 from workers.contracts import InputError, Partition
 from workers.protocol import common_protocol
@@ -103,7 +103,7 @@ class Run:
 
 def record(folder: Path, file: str, overrides: Sequence[str], config: Mapping[str, Any]) -> None:
     """Write what a run folder's results come from, unless it says so, if in other words. ``file`` and ``overrides``: as they were typed."""
-    if (read_json(folder / JOB) or {}).get("config") != config:
+    if (read_object(folder / JOB) or {}).get("config") != config:
         write_json(folder / JOB, {"schema": 1, "file": file, "set": list(overrides), "config": config})
 
 
@@ -112,8 +112,8 @@ def record(folder: Path, file: str, overrides: Sequence[str], config: Mapping[st
 
 def load(folder: Path) -> Run:
     """Read a run folder, under the settings that it was last used with. Raises: InputError if nothing is measured there."""
-    owner = read_json(folder / "run.json") or {}
-    fingerprints = (read_json(folder / "progress.json") or {}).get("fingerprints", {})
+    owner = read_object(folder / "run.json", "name") or {}
+    fingerprints = (read_object(folder / "progress.json") or {}).get("fingerprints", {})
     route, cut = (_result(folder, stage, fingerprints) for stage in ("route", "partition"))
     rows, left_out = _rows(folder, fingerprints)
     if DENSE not in rows:
@@ -122,12 +122,12 @@ def load(folder: Path) -> Run:
         raise InputError(f"{folder}: row {odd[0]!r} has no protocol: it was measured by an older version; run its job again")
     experts = None if cut is None else len(Partition.from_json(cut["partition"]))
     agents = {} if route is None else {budget: plan["agent"] for budget, plan in route["chosen"].items()}
-    return Run(owner["name"], folder, owner, read_json(folder / JOB), experts, rows, left_out, agents)
+    return Run(owner["name"], folder, owner, read_object(folder / JOB), experts, rows, left_out, agents)
 
 
 def _result(folder: Path, stage: str, fingerprints: Mapping[str, str]) -> dict[str, Any] | None:
     fingerprint = fingerprints.get(stage, "")
-    done = read_json(folder / f"{stage}-{fingerprint[:8]}" / "done.json") if fingerprint else None
+    done = read_object(folder / f"{stage}-{fingerprint[:8]}" / "done.json", "result") if fingerprint else None
     return None if done is None else done["result"]
 
 
@@ -137,9 +137,11 @@ def _rows(folder: Path, fingerprints: Mapping[str, str]) -> tuple[dict[str, Any]
     They are those of the publish stage, what `evaluate` printed, and those of other publish stages of the same mixtures: settings of the
     evaluation may have changed between them.
     """
-    mixtures, table = fingerprints.get("finetune"), read_json(folder / TABLE) or {}
+    mixtures, table = fingerprints.get("finetune"), read_object(folder / TABLE) or {}
     found = dict((_result(folder, "publish", fingerprints) or {}).get("metrics", {}))
-    records = [record for path in folder.glob("publish-????????/done.json") if (record := read_json(path)) is not None]
+    records = [
+        record for path in folder.glob("publish-????????/done.json") if (record := read_object(path, "result", "started")) is not None
+    ]
     newest_first = sorted(records, key=lambda record: record["started"], reverse=True)
     others = [record["result"]["metrics"] for record in newest_first if mixtures and record["result"].get("mixtures") == mixtures]
     sources = [(table.get("rows", {}), bool(mixtures) and table.get("mixtures") == mixtures), *((rows, True) for rows in others)]

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.calibration import read_influence, seconds_of
 from orchestrator.cluster import TrialLog
 from orchestrator.experts import identity
 from orchestrator.pipeline import Context
+from orchestrator.store import read_as
 from workers import routers, tasks_route
-from workers.contracts import Budget, MixturePlan, RouteTask, digest_of
+from workers.contracts import Budget, InputError, MixturePlan, RouteTask, digest_of
 from workers.trials import FrontTask, SearchTrial
 
 VERSION = 4
@@ -99,13 +100,19 @@ def search_fronts(
         if others and routers.serves_fronts(first.agent):
             budgets = tuple(task.budget for task in group.values())
             fronts[tuple(group)] = FrontTask(first, budgets, str(file(first, budgets)))
-    ctx.cluster.scatter(tasks_route.search_front, [front for front in fronts.values() if not Path(front.out).exists()])
+    ctx.cluster.scatter(tasks_route.search_front, [front for front in fronts.values() if not read_front(Path(front.out))])
     return {key: trial for keys, front in fronts.items() for key, trial in zip(keys, read_front(Path(front.out)), strict=True)}
 
 
 def read_front(path: Path) -> list[SearchTrial]:
-    """The trials of one search for several budgets."""
-    return [SearchTrial.from_json(trial) for trial in json.loads(path.read_text())]
+    """The trials of one search for several budgets; none if it has not ended. Raises: InputError if the file is damaged."""
+
+    def decode(found: Any) -> list[SearchTrial]:
+        if not isinstance(found, list):
+            raise InputError("it is not a list")
+        return [SearchTrial.from_json(trial) for trial in found]
+
+    return read_as(path, decode) or []
 
 
 def _made_from(ctx: Context, item: RouteTask) -> str:

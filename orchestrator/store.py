@@ -27,7 +27,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -39,6 +39,7 @@ from workers.files import followed_by, replacing, sync
 from workers.mirror import Mirror
 
 SCHEMA = 1
+Decoded = TypeVar("Decoded")
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
@@ -55,6 +56,28 @@ def read_json(path: Path) -> Any | None:
         return None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): delete it to have it made again") from None
+
+
+def read_as(path: Path, decode: Callable[[Any], Decoded]) -> Decoded | None:
+    """What ``decode`` makes of a JSON file; None if there is nothing. Raises: InputError that names the file, whatever is wrong with it."""
+    found = read_json(path)
+    try:
+        return None if found is None else decode(found)
+    except InputError as error:
+        raise InputError(f"{path} is damaged ({str(error)[:200]}): delete it to have it made again") from None
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any] | None:
+    """The JSON object of a file, which has these keys; None if it is not there. Raises: InputError."""
+
+    def decode(found: Any) -> dict[str, Any]:
+        if not isinstance(found, dict):
+            raise InputError("it is not a JSON object")
+        if missing := [key for key in keys if key not in found]:
+            raise InputError(f"it has no {missing[0]}")
+        return found
+
+    return read_as(path, decode)
 
 
 class RunStore:
@@ -148,7 +171,7 @@ class RunStore:
 
         Raises: InputError if the folder belongs to another job or is no run folder. Touches nothing."""
         try:
-            found = read_json(self.folder / "run.json")
+            found = read_object(self.folder / "run.json")
             # what a killed claim leaves behind is hidden, and so is what file managers add
             here = [] if self.mirror or not self.folder.exists() else self.folder.iterdir()
             foreign = self._foreign or (found is None and any(not path.name.startswith(".") for path in here))
@@ -225,7 +248,7 @@ class RunStore:
 
     def done(self, stage: str, fingerprint: str) -> dict[str, Any] | None:
         """The stage's done record, if it was finished under exactly this fingerprint."""
-        record = read_json(self.stage_folder(stage, fingerprint) / "done.json")
+        record = read_object(self.stage_folder(stage, fingerprint) / "done.json", "result", "seconds", "started")
         return record if record is not None and record.get("fingerprint") == fingerprint else None
 
     def finish(
@@ -287,7 +310,7 @@ class RunStore:
         def leaning(result: dict[str, Any]) -> bool:
             return any(name in moved or name.partition("/")[0] == fills for name in leaves(result))
 
-        records = {path.parent.name: read_json(path) for path in self.folder.glob(f"{stage}-????????/done.json")}
+        records = {path.parent.name: read_object(path, "result") for path in self.folder.glob(f"{stage}-????????/done.json")}
         others = {name for name, other in records.items() if leans and other and leaning(other["result"])}
         own = self.stage_folder(stage, fingerprint).name
         for path in (self.folder / name for name in (*sorted(moved), *sorted(others - {own}), own)):  # until the last, it can be done again

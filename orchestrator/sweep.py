@@ -20,6 +20,7 @@ from orchestrator.pipeline import Context, Pipeline, Stage
 from orchestrator.planning import Prepared
 from orchestrator.searching import search_fronts
 from orchestrator.stages import STAGES, agents_of, route_task, steps_served, training_rows
+from orchestrator.store import read_object
 from orchestrator.words import few_steps
 from workers import diffusion, families, names_in, tasks_route
 from workers.contracts import METRICS, Budget, InputError, Partition, RouteTask, digest_of
@@ -238,7 +239,11 @@ def read(run: Path, name: str | None = None) -> dict[str, Any]:
 
     Raises: InputError if there is none.
     """
-    records = {path.parent.name: json.loads(path.read_text()) for path in run.glob("sweep-????????/done.json")}
+    records = {
+        path.parent.name: record
+        for path in run.glob("sweep-????????/done.json")
+        if (record := read_object(path, "result", "started", "seconds")) is not None
+    }
     if not records:
         raise InputError(f"no finished sweep in {run}: start one with `diffpruning sweep run`")
     order = sorted(records, key=lambda folder: records[folder]["started"])

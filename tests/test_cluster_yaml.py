@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ def test_every_cluster_runs_the_pinned_ray():
     assert f"FROM {tag}" in (ROOT / "jobs" / "kuberay" / "Dockerfile").read_text()
     assert read(RAYJOB)["spec"]["rayClusterSpec"]["rayVersion"] == PINNED["ray"]
     assert all(any("--constraint ~/diffpruning/constraints.txt" in line for line in read(path)["setup_commands"]) for path in (CLOUD, OWN))
+
+
+def test_every_cluster_can_keep_its_runs_on_an_object_store():
+    lines = [line for path in (CLOUD, OWN) for line in read(path)["setup_commands"] if "pip install" in line]
+    lines += [line for line in (ROOT / "jobs" / "kuberay" / "Dockerfile").read_text().splitlines() if "pip install" in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert shlex.split(line)[-1].endswith("/diffpruning[s3,gcs]"), "an extra that is not installed is a storage.path that is refused"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for requirement in (*extras["s3"], *extras["gcs"]):
+        assert requirement.partition(">=")[0] in PINNED
 
 
 @pytest.mark.parametrize("path", [CLOUD, OWN, RAYJOB], ids=lambda path: path.stem)

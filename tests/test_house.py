@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -150,3 +151,10 @@ def test_no_text_file_names_a_place_on_the_machine_where_it_was_written():
     assert {"pyproject.toml", "Makefile", "jobs/quickstart.yaml", "orchestrator/cli.py"} <= set(read)
     found = [f"{name}: {match.group()}" for name, text in read.items() for match in places.finditer(text)]
     assert not found
+
+
+def test_every_job_file_is_part_of_the_package():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["jobs"]
+    packaged = {path for pattern in patterns for path in (ROOT / "jobs").glob(pattern)}
+    jobs = {path for path in (ROOT / "jobs").rglob("*.yaml") if path.parent.name != "kuberay"}
+    assert not jobs - packaged

@@ -33,6 +33,11 @@ def make_sampler(name: str, config: dict[str, Any]) -> Any:
     return getattr(diffusers, cls).from_config(config, **extra)
 
 
+def takes_eta(sampler: Any) -> bool:
+    """Whether it can be told how much noise to add."""
+    return type(sampler).__name__ == "DDIMScheduler"
+
+
 def sampler_timesteps(name: str, config: dict[str, Any], steps: int) -> list[float]:
     """The timesteps at which the sampler calls the model, noisiest first; one entry per call. Raises: InputError."""
     sampler = make_sampler(name, config)
@@ -122,7 +127,7 @@ def sample(
     sampler.set_timesteps(steps)
     x = torch.stack([torch.randn(shape, generator=gen) for gen in gens]).to(device) * sampler.init_noise_sigma
     extra: dict[str, Any] = {"generator": gens} if type(sampler).__name__ in ("DDPMScheduler", "DDIMScheduler") else {}
-    if type(sampler).__name__ == "DDIMScheduler":
+    if takes_eta(sampler):
         extra["eta"] = eta
     for t in sampler.timesteps:
         x = sampler.step(predict(sampler.scale_model_input(x, t), t), t, x, **extra).prev_sample

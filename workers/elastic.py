@@ -183,14 +183,6 @@ def _weighted_group_norm(norm: nn.GroupNorm, x: Tensor, mask: Tensor) -> Tensor:
     return normal * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
-def gates_of(branches: Sequence[Branch], spec: ArchitectureSpec) -> dict[str, tuple[Tensor, Tensor]]:
-    """The 0/1 gates that make the dense network compute ``spec``."""
-    return {
-        branch.site.name: ((torch.arange(branch.units) < spec[branch.site.name]).float(), torch.tensor(float(spec[branch.site.name] > 0)))
-        for branch in branches
-    }
-
-
 def extract(model: nn.Module, branches: Sequence[Branch], spec: ArchitectureSpec) -> nn.Module:
     """A copy of ``model`` that holds only the sub-network ``spec``: ordinary modules of the host library, fewer channels, no masks.
 

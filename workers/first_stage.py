@@ -49,11 +49,6 @@ class FirstStageInfo(Record):
     note: str = ""
     """One line for the user where the config is in doubt; else empty."""
 
-    @property
-    def stored_channels(self) -> int:
-        """Channels of what ``encode`` returns: KL has mean and log-variance."""
-        return self.latent_channels * (2 if self.kind == "kl" else 1)
-
 
 def locate(folder: str | Path) -> Path | None:
     """The first stage's folder in a diffusers pipeline folder; None for a pipeline in pixels.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from workers import conditioning, families, first_stage, pretrained
 from workers.contracts import InputError, SamplerRef
-from workers.diffusion import make_sampler, sample, sampler_timesteps
+from workers.diffusion import make_sampler, sample, sampler_timesteps, takes_eta
 from workers.fused import fuse
 from workers.mixture import MixtureDenoiser
 
@@ -117,6 +117,8 @@ def write_sample_grid(
     """
     around = Surroundings.load(version, device)
     sampler_timesteps(scheduler, around.scheduler_config, steps)  # refuses what cannot be sampled
+    if eta and not takes_eta(make_sampler(scheduler, around.scheduler_config)):
+        raise InputError(f"--eta is {eta:g}, but {scheduler} takes none: leave it out, or give --scheduler ddim")
     classes = around.conditioner.classes
     if label is not None and classes.argument is None:
         raise InputError(f"--class-label is {label}, but this model is not told a class: leave it out")

@@ -127,11 +127,6 @@ def shard_name(index: int) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def encode_shard(task: EncodeTask, device: str, on_progress: Callable[[int], None] = lambda items: None) -> None:
-    """One shard; see ``encode_shards``."""
-    encode_shards([task], device, on_progress)
-
-
 def encode_shards(tasks: Sequence[EncodeTask], device: str, on_progress: Callable[[int], None] = lambda items: None) -> None:
     """Write the shards that are not there yet, one after another; the images are found and the first stage is loaded once.
 

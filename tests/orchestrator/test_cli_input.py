@@ -627,6 +627,20 @@ def test_a_place_that_cannot_hold_the_samples_is_refused(tmp_path, out, told):
     assert told in line_of(diffpruning("sample", "emoji", "--out", out), 2)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--eta", "nan"), "nan is not a finite number"),
+        (("--guidance-scale", "inf"), "inf is not a finite number"),
+        (("--guidance-scale", "nan"), "nan is not a finite number"),
+    ],
+)
+def test_what_is_no_number_is_refused(words, told):
+    done = diffpruning("sample", "emoji", *words)
+    assert done.exit_code == 2
+    assert told in done.stderr
+
+
 # --- status, report, plan, help ---------------------------------------------------------------------------------------
 
 

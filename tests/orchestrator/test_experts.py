@@ -122,7 +122,7 @@ def test_the_seed_and_the_settings_of_training_count_and_how_often_it_is_saved_d
     trained.clear()
     run(job, "--set", "finetune.checkpoint_every=1")
     assert trained == []
-    run(job, "--set", "finetune.learning_rate=3e-3")
+    run(job, "--set", "finetune.learning_rate=2e-3")
     assert len(trained) == 2
     run(job, "--set", "data.flip=true")
     assert len(trained) == 4, "the elastic experts are others, and so is what is cut from them"

@@ -206,6 +206,8 @@ def test_with_code_but_with_diffpruning_installed_a_given_unet_needs_no_trust(re
     run("pixels", "--registry", registry, "--out", tmp_path / "out", "--with-code")
     unet = MixtureDenoiser.from_pretrained(tmp_path / "out" / "unet")
     assert np.array_equal(images(DiffusionPipeline.from_pretrained(tmp_path / "out", unet=unet), 2), pixels)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.slow

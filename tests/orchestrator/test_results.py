@@ -374,6 +374,13 @@ def test_what_cannot_stand_in_one_table_is_one_line_and_nothing_is_written(two, 
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_a_run_under_the_default_storage_path_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_folder(tmp_path / "runs" / "mine", {"dense": dense()})
+    assert diffpruning("results", "mine").stdout == diffpruning("results", "runs/mine").stdout != ""
+    assert "no such job file: other" in diffpruning("results", "other").stderr
+
+
 def test_a_job_is_recorded_once_and_again_when_it_changes(tmp_path):
     results.record(tmp_path, "job.yaml", [], {"seed": 0})
     before = (tmp_path / "job.json").stat().st_mtime_ns

@@ -277,6 +277,7 @@ def test_the_second_image_of_one_seed_is_the_first_of_the_next(run, tmp_path):
     ("arguments", "told"),
     [
         (("--scheduler", "magic"), "'magic' is unknown: known are ddpm, ddim"),
+        (("--scheduler", "dpmpp", "--eta", "0.5"), "--eta is 0.5, but dpmpp takes none: leave it out, or give --scheduler ddim"),
         (("--steps", "1001"), "1001 is more than the model's 1000 training timesteps"),
     ],
 )

@@ -230,12 +230,47 @@ def test_redo_searches_anew_all_together_and_leaves_the_results_of_other_setting
     routed(job, *seeds, *THREE)
     searched.clear()
     routed(job, *seeds, *THREE, "--redo", "route")
+    newest = max(
+        map(json.loads, map(Path.read_text, folder_of(job).glob("route-????????/done.json"))), key=lambda record: record["started"]
+    )
+    assert newest["resumed"], "its sensitivities were in the cache: its seconds are not what a route takes"
     assert "era 0: 0.4 0.5 0.65" in searched
     searched.clear()
     again = diffpruning("run", job, "--inline", "--until", "route", *seeds)
     assert "route      already done" in again.stderr
     assert searched == []
     assert list((folder_of(job) / "search").glob("*.aside1"))
+
+
+def test_a_damaged_file_of_a_run_is_told_in_one_line_that_names_it(job):
+    routed(job, *PROXIES, *THREE)
+    run = folder_of(job)
+    [done] = run.glob("route-????????/done.json")
+    caches = [next(run.glob(f"cache/{kind}-*.json")) for kind in ("sensitivity", "influence", "distances", "proxy")]
+    searches = [next(run.glob("search/front *.json")), next(path for path in run.glob("search/*.json") if "front" not in path.name)]
+    record = done.read_text()
+
+    def refused(path: Path, content: str, *words: object) -> None:
+        whole = path.read_text()
+        path.write_text(content)
+        told = diffpruning(*words)
+        path.write_text(whole)
+        assert told.exit_code == 2, told.output
+        assert f"error: {path} is damaged (" in told.stderr.splitlines()[-1]
+
+    route = ("run", job, "--inline", "--until", "route", *PROXIES, *THREE)
+    for path in (*caches, *searches):
+        done.unlink()
+        if path.name.startswith("distances"):
+            caches[1].unlink()
+        for content in (path.read_text()[:20], "7"):
+            refused(path, content, *route)
+        done.write_text(record)
+    for content in (record[:20], "[]", "{}"):
+        refused(done, content, "status", job)
+    for command in (route, ("plan", job, *PROXIES, *THREE), ("results", run), ("status", job)):
+        refused(run / "run.json", "[]", *command)
+    refused(done, "[]", *route)
 
 
 # --- what it takes --------------------------------------------------------------------------------------------------

@@ -151,3 +151,45 @@ def test_what_can_never_run_is_refused_in_one_line_before_anything_is_read(setti
     assert done.stderr.count("\n") == 1
     assert told in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("there", "settings", "told"),
+    [
+        (0, ("resources.device=cuda",), "resources.device is cuda, but this machine has no usable GPU: set it to cpu"),
+        (2, ("resources.device=cuda", "resources.gpus_per_worker=3"), "1 worker(s) of 1 CPU and 3 GPUs never fit a Ray on this machine"),
+        (1, ("resources.device=auto", "resources.gpus_per_worker=2"), "1 worker(s) of 1 CPU and 2 GPUs never fit a Ray on this machine"),
+    ],
+)
+def test_gpus_that_this_machine_lacks_are_told_by_plan_and_refused_by_run_before_ray_starts_or_anything_is_written(
+    there, settings, told, tmp_path, monkeypatch
+):
+    import torch
+
+    def no_ray(*_: object, **__: object) -> None:
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr("orchestrator.cli_driver._cluster", no_ray)
+    where = [word for setting in (f"storage.path={tmp_path}", f"registry.path={tmp_path}", *settings) for word in ("--set", setting)]
+    for command in (("run",), *([("run", "--inline")] if there == 0 else [])):
+        done = diffpruning(*command, "quickstart", *where)
+        assert done.exit_code == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert told in done.stderr
+        assert not list(tmp_path.iterdir())
+    planned = diffpruning("plan", "quickstart", *where)
+    assert planned.exit_code == 0, planned.output
+    assert f"warning: a run here would be refused: {told if there == 0 else 'resources: ' + told}" in planned.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_is_asked_before_the_run_folder_is_claimed(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    done = diffpruning("run", "quickstart", "--set", f"storage.path={tmp_path}", "--set", f"registry.path={tmp_path}")
+    assert done.exit_code == 2
+    assert "RAY_ADDRESS is 127.0.0.1:1, but nothing answers there" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,8 @@ def test_more_than_ray_takes_is_refused_with_the_largest_file(parcel, monkeypatc
         (["jobs", "list"], "which cluster?"),
         (["jobs", "list", "--address", "127.0.0.1:8265"], "give that of the cluster's dashboard, e.g. http://HOST:8265"),
         (["jobs", "list", "--address", "http://[half"], "give that of the cluster's dashboard"),
+        (["jobs", "list", "--address", "http://me:topsecret@127.0.0.1:1"], "--address holds a user name or a password"),
+        (["jobs", "list", "--address", "me:topsecret@127.0.0.1"], "--address holds a user name or a password"),
         (["jobs", "stop", "mine-1", "--address", "http://127.0.0.1:1"], "nothing answers there (Connection refused)"),
     ],
 )
@@ -137,6 +142,24 @@ def test_a_cluster_that_is_not_there_is_told_in_one_line(words, text, monkeypatc
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2, done.output
     assert text in done.stderr
+    assert "topsecret" not in done.output
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_of_a_token_that_is_not_there_is_said_to_be_missing_and_not_refused(tmp_path, monkeypatch):
+    """Whoever answers: Ray does not even ask."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as nobody:
+        threading.Thread(target=nobody.serve_forever, daemon=True).start()
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator", "jobs", "list", "--address", f"http://127.0.0.1:{nobody.server_port}"],
+            env={k: v for k, v in os.environ.items() if k != "RAY_AUTH_TOKEN"}
+            | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"), "PYTHONPATH": str(BUNDLED.parent)},
+            capture_output=True,
+            text=True,
+        )
+        nobody.shutdown()
+    assert done.returncode == 2
+    assert f"asks for a token, but RAY_AUTH_TOKEN_PATH is {tmp_path / 'none'}, and there is no such file" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

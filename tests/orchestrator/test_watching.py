@@ -212,11 +212,11 @@ def test_curves_hold_every_reported_loss_and_a_resumed_unit_forgets_the_steps_th
 def test_a_cluster_of_other_versions_is_told_in_one_line_with_both():
     from ray._private.utils import check_version_info
 
-    from orchestrator.ray_cluster import _refusal
+    from orchestrator.address import refusal
 
     with pytest.raises(RuntimeError) as refused:
         check_version_info({"ray_version": "2.9.3", "python_version": "3.8.18"}, "node 10.0.0.1")
-    told = _refusal(str(refused.value))
+    told = refusal(str(refused.value))
     assert told.startswith("the cluster runs Ray 2.9.3 on Python 3.8.18, this command Ray ")
     assert "use the cluster's versions, or `diffpruning submit`" in told
     assert "\n" not in told

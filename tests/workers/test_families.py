@@ -6,7 +6,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from workers import families
 from workers.branches import ShortcutAttention, ShortcutResnet, ShortcutTransformer
 from workers.contracts import ArchitectureSpec, BudgetUnreachable, ElasticSettings, InputError, SearchSpace
 from workers.cost import CostTable, cost_table, count, require_reachable
-from workers.elastic import Branch, Cut, ElasticDenoiser, extract, gated, gates_of, importance_order, reorder
+from workers.elastic import Branch, Cut, ElasticDenoiser, extract, gated, importance_order, reorder
 from workers.families.unet2d import UNet2DModelWithHeads
 
 EVERYTHING = ElasticSettings(width_multiple=1, depth=True, importance="magnitude")
@@ -167,6 +167,14 @@ def test_reordering_the_units_does_not_change_the_function(subject):
     wide = next(b for b in subject.branches if b.units > 1)
     assert not torch.equal(turned.get_parameter(wide.cuts[0].parameter), subject.model.get_parameter(wide.cuts[0].parameter))
     assert relative_error(subject.output(turned), subject.dense_output()) < 1e-5
+
+
+def gates_of(branches: Sequence[Branch], spec: ArchitectureSpec) -> dict[str, tuple[Tensor, Tensor]]:
+    """The 0/1 gates that make the dense network compute ``spec``."""
+    return {
+        branch.site.name: ((torch.arange(branch.units) < spec[branch.site.name]).float(), torch.tensor(float(spec[branch.site.name] > 0)))
+        for branch in branches
+    }
 
 
 def test_active_equals_masked_equals_extracted(subject):

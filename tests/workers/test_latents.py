@@ -191,10 +191,10 @@ def test_a_killed_writer_leaves_no_shard_and_its_shard_is_made_again(tmp_path, s
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        latents.encode_shard(tasks[0], "cpu")
+        latents.encode_shards(tasks[:1], "cpu")
     monkeypatch.undo()
     assert os.listdir(tmp_path / "out") == []
-    latents.encode_shard(tasks[0], "cpu")
+    latents.encode_shards(tasks[:1], "cpu")
     assert os.listdir(tmp_path / "out") == ["shard-00000.arrow"]
 
 
@@ -388,7 +388,7 @@ def test_truncated_missing_or_foreign_shard_is_named_and_made_again(tmp_path, st
 
 def test_an_unfinished_or_damaged_index_is_said_to_be_so(tmp_path, stages):
     tasks = tasks_of(tmp_path / "out", stages["vq"], write_images(tmp_path / "in"), size=5)
-    latents.encode_shard(tasks[0], "cpu")
+    latents.encode_shards(tasks[:1], "cpu")
     with pytest.raises(InputError, match="holds no index.json: it is no latent cache, or is not finished"):
         latents.LatentCache.open(tmp_path / "out")
     with pytest.raises(InputError, match="shard-00001.arrow is not a complete shard"):

@@ -1,8 +1,11 @@
 """A mixture's weights as one file per expert: what diffusers reads back, what two versions share, and what it draws."""
 
 import hashlib
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from workers import families, golden, shards
+from workers.code_file import code_file
 from workers.contracts import GOLDEN, ArchitectureSpec, VerificationError
 from workers.elastic import search_space
 from workers.mixture import MixtureDenoiser, any_width
@@ -61,6 +65,40 @@ def test_what_is_saved_is_loaded_by_plain_diffusers_and_saved_again(tmp_path, bo
         assert found.state_dict().keys() == mixture.state_dict().keys()
         assert all(torch.equal(tensor, mixture.state_dict()[name]) for name, tensor in found.state_dict().items())
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == len(boundaries) + 1
+
+
+@pytest.mark.parametrize("travels", [False, True])
+def test_a_version_its_copy_and_experts_that_come_and_go_draw_the_same_images_one_at_a_time(tmp_path, travels):
+    """A file per expert, and all in one, lay the weights at other addresses, where a CPU adds up in another order."""
+    kind = _travelled(tmp_path) if travels else MixtureDenoiser
+    shards.save(mixture_of([400], 0), tmp_path / "one")
+    loaded = kind.from_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "two")
+    again = kind.from_pretrained(tmp_path / "two")
+    for found in (loaded, again):
+        assert not [name for name, tensor in found.state_dict().items() if tensor.data_ptr() % 64]
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, copied = ([one(x, t).sample for t in (700, 10)] for one in (loaded, again))
+        moved = [[loaded.residency(mode)(x, t).sample for t in (700, 10)] for mode in ("active", "prefetch", "all")]
+    for other in (copied, *moved):
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def _travelled(folder: Path) -> Any:
+    """The class, of the code that travels with an exported folder."""
+    (folder / "travelled.py").write_text(code_file("workers.mixture", "MixtureDenoiser", "0"))
+    found = importlib.util.spec_from_file_location("travelled", folder / "travelled.py")
+    module = importlib.util.module_from_spec(found)
+    sys.modules["travelled"] = module
+    found.loader.exec_module(module)
+    return module.MixtureDenoiser
+
+
+def test_a_pickle_is_not_read_unless_it_is_asked_for(tmp_path):
+    mixture_of([400], 0).save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(OSError, match="safetensors"):
+        MixtureDenoiser.from_pretrained(tmp_path)
 
 
 def test_equal_experts_of_two_mixtures_are_equal_files(tmp_path):
