@@ -170,7 +170,7 @@ class Finetune(Training):
 
 class Router(Section):
     agents: list[str] = Field(
-        ["uniform", "greedy", "era"], min_length=1, description="Agents that search each budget: files of workers/routers."
+        ["uniform", "greedy", "era", "era_even"], min_length=1, description="Agents that search each budget: files of workers/routers."
     )
     seeds: list[int] = Field([0], min_length=1, description="Seeds each agent searches with.")
     images: int = Field(64, ge=4, description="Calibration images; half are searched on, half score the plans.")

@@ -10,6 +10,7 @@ import numpy as np
 
 from orchestrator.evidence import Evidence, trials_of
 from orchestrator.words import FEW_STEPS, both, dropped, label, of_the_dense_model, percent, sig, span
+from workers import routers
 from workers.contracts import MixturePlan
 
 FAR = 0.25
@@ -116,25 +117,29 @@ def _agents(e: Evidence, plan: MixturePlan) -> Remark:
     tried, steps = plan.distance is not None, e.prepared.job.proxy_steps
     word = f"distance to dense after {steps} steps of fine-tuning" if tried else "search loss"
     worth = {agent: trial.rank[0] if tried else trial.loss for agent, trial in best.items()}
-    at, era = f"At {label(plan.budget)},", best.pop("era", None)
-    if era is None or not best:
+    at, learned = f"At {label(plan.budget)},", [agent for agent in best if agent in routers.LEARNED]
+    if not learned or len(learned) == len(best):
         told = ", ".join(f"{agent} {worth[agent]:.4g}" for agent in best)
-        return Remark("note", f"{at} {plan.agent} was chosen ({word}: {told or format(worth[plan.agent], '.4g')}); era was not compared.")
-    mine = worth.pop("era")
+        missing = "no baseline was compared" if learned else "era was not compared"
+        return Remark("note", f"{at} {plan.agent} was chosen ({word}: {told}); {missing}.")
+    name = min(learned, key=worth.__getitem__)
+    era, mine = best[name], worth[name]
+    for agent in learned:
+        del best[agent], worth[agent]
     ahead = {agent: trial for agent, trial in best.items() if not mine < worth[agent]}
     same = [agent for agent, trial in ahead.items() if trial.experts == era.experts]
     if same and all(worth[agent] == mine for agent in ahead):
-        return Remark("note", f"{at} era kept the plan of {both(same)}: {word} {mine:.4g}.")
+        return Remark("note", f"{at} {name} kept the plan of {both(same)}: {word} {mine:.4g}.")
     if not ahead:
         rest = both(f"{agent} {value:.4g} ({value / mine - 1:+.1%})" for agent, value in worth.items())
         narrowly = ", narrowly" if min(worth.values()) < 1.02 * mine else ""
-        return Remark("good", f"{at} era found the best plan{narrowly}: {word} {mine:.4g}, against {rest}.")
+        return Remark("good", f"{at} {name} found the best plan{narrowly}: {word} {mine:.4g}, against {rest}.")
     rest = both(
         f"{agent} {worth[agent]:.4g} " + ("with the same plan" if trial.experts == era.experts else f"with {dropped(trial)} dropped")
         for agent, trial in ahead.items()
     )
     lost = f"{word} {mine:.4g} with {dropped(era)} branches dropped, against {rest}"
-    return Remark("warning", f"{at} era did not beat {both(ahead)} here: {lost}. The plan of {plan.agent} is used.")
+    return Remark("warning", f"{at} {name} did not beat {both(ahead)} here: {lost}. The plan of {plan.agent} is used.")
 
 
 def _time(e: Evidence, plan: MixturePlan) -> Remark:

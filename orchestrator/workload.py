@@ -68,7 +68,7 @@ def _searches(job: JobConfig, era: float, agents: Sequence[str]) -> tuple[list[f
     alone: list[float] = []
     for agent in agents:
         for count in Counter(budget.metric for budget in job.budgets).values():
-            cost = era if agent == "era" else 0.0
+            cost = era if agent in routers.LEARNED else 0.0
             if count > 1 and routers.serves_fronts(agent):
                 together += [cost * (1 + PER_EXTRA_BUDGET * (count - 1))] * len(job.router.seeds)
             else:

@@ -764,15 +764,15 @@ def test_one_search_serves_eight_budgets_for_less_than_three(roomy, monkeypatch)
     assert losses == sorted(losses, reverse=True)  # a larger budget never costs quality: what fits the smaller one fits it too
 
 
-def test_widths_alone_drop_no_branch_unless_nothing_else_meets_the_budget(roomy):
-    table = roomy.table
-    least = table.cost(table.space.narrowest).macs / table.dense.macs
-    plans = routers.agent("era_widths").search_front(roomy, (0.9, least + 0.01, least * 0.9), SETTINGS, random.Random(0))
-    for ratio, plan in zip((0.9, least + 0.01), plans, strict=False):
-        assert all(width > 0 for spec in plan for width in spec.choices.values())
-        assert roomy.loss(plan) <= roomy.loss(search("uniform", with_ratio(roomy, ratio))) + 1e-6
-    assert plans[2] == search("uniform", with_ratio(roomy, least * 0.9))
-    assert any(width == 0 for width in plans[2][0].choices.values())
+def test_with_one_budget_for_all_every_expert_keeps_within_it_and_is_no_worse_than_cut_uniformly(roomy):
+    ratios = (0.8, 0.4)
+    plans = routers.agent("era_even").search_front(with_ratio(roomy, 0.8), ratios, SETTINGS, random.Random(0))
+    for ratio, plan in zip(ratios, plans, strict=True):
+        alike = search("uniform", with_ratio(roomy, ratio))
+        for k, (spec, baseline) in enumerate(zip(plan, alike, strict=True)):
+            assert roomy.table.cost(spec).macs <= ratio * roomy.table.dense.macs
+            roomy.losses([plan, alike])
+            assert roomy.expert_loss(k, spec) <= roomy.expert_loss(k, baseline) + 1e-6
 
 
 def test_a_front_with_an_impossible_budget_is_refused_before_any_search(roomy):

@@ -40,6 +40,10 @@ def agent(name: str) -> ModuleType:
     return extension("routers", name, "router.agents")
 
 
+LEARNED = ("era", "era_even")
+"""Agents that are trained; all others are baselines."""
+
+
 def serves_fronts(name: str) -> bool:
     """Whether one search of this agent finds a plan for each of several budgets."""
     return hasattr(agent(name), "search_front")
