@@ -31,7 +31,7 @@ similarity: {{measure: snr, timesteps: 8}}
 partition: {{experts: [40, 500]}}
 elastic: {{width_multiple: 4, importance: magnitude}}
 specialize: {{steps: 1, batch_size: 2, random_networks: 0}}
-router: {{images: 4, era_steps: 1, era_batch: 2, trials: 10, influence_samples: 4, agents: [greedy]}}
+router: {{images: 4, era_steps: 1, era_batch: 2, trials: 10, influence_samples: 4, proxy_steps: 1, agents: [greedy]}}
 budgets: [{{ratio: 0.5}}]
 sampler: {{steps: 10}}
 latency: {{batch: 2}}
