@@ -92,7 +92,7 @@ def test_every_agent_had_a_tune_trial(finished):
     run, _ = finished
     [record] = run.glob("route-*/done.json")
     trials = json.loads(record.read_text())["result"]["trials"]
-    assert {trial["agent"] for trial in trials} == {"uniform", "greedy", "era"}
+    assert {trial["agent"] for trial in trials} == {"uniform", "greedy", "era", "era_even"}
 
 
 def snapshot(folder: Path) -> dict[Path, int]:
