@@ -23,7 +23,7 @@ data: {path: DATA, holdout: 16}
 similarity: {measure: snr, timesteps: 8}
 partition: {experts: 3}
 specialize: {steps: 24, batch_size: 4, random_networks: 0, importance_images: 4, checkpoint_every: 5, ema_decay: 0.9}
-router: {images: 8, era_steps: 2, era_batch: 2, trials: 4, influence_samples: 4}
+router: {images: 8, era_steps: 2, era_batch: 2, trials: 4, influence_samples: 4, agents: [uniform, greedy, era]}
 budgets: [{metric: macs, ratio: 0.6}]
 sampler: {scheduler: ddim, steps: 8}
 finetune: {steps: 4, batch_size: 4, checkpoint_every: 2, compare: []}
@@ -92,7 +92,7 @@ def test_every_agent_had_a_tune_trial(finished):
     run, _ = finished
     [record] = run.glob("route-*/done.json")
     trials = json.loads(record.read_text())["result"]["trials"]
-    assert {trial["agent"] for trial in trials} == {"uniform", "greedy", "era", "era_even"}
+    assert {trial["agent"] for trial in trials} == {"uniform", "greedy", "era"}
 
 
 def snapshot(folder: Path) -> dict[Path, int]:
