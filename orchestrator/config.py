@@ -182,7 +182,7 @@ class Router(Section):
         256, ge=0, description="Samples drawn to measure how much an error of each expert counts in them; 0: all count the same."
     )
     proxy_steps: int = Field(
-        100,
+        50,
         ge=0,
         description="Fine-tuning steps that each agent's plan gets before the one is chosen whose samples are closest to dense's; at most "
         "a quarter of finetune.steps. 0: the plan of lowest search loss is chosen.",
