@@ -62,13 +62,13 @@ def _influence(ctx: Context, item: RouteTask, rows: Sequence[int]) -> str | None
     if samples == 0 or len(item.experts) == 1:
         return None
     scheduler, steps = item.budget.scheduler, item.budget.steps
-    tuned, middle = _tuned(ctx, item, rows)
-    keys = [] if middle is None else [middle.to_json(), *(experts.key_of(ctx, task, item.experts) for task in tuned)]
+    tuned, budget = _tuned(ctx, item, rows)
+    keys = [] if budget is None else [budget.to_json(), *(experts.key_of(ctx, task, item.experts) for task in tuned)]
     out = _file(ctx, "influence", item.experts, [samples, scheduler, steps, guidance, keys])
     if read_object(out, "influence", "seconds") is not None:
         ctx.reused = True
     else:
-        found = _distances(ctx, InfluenceTask(item, samples, ctx.job.evaluate.batch_size, guidance, "", tuned, middle), keys)
+        found = _distances(ctx, InfluenceTask(item, samples, ctx.job.evaluate.batch_size, guidance, "", tuned, budget), keys)
         timesteps = sampler_timesteps(scheduler, families.load_scheduler_config(item.model), steps)
         shares = [count / len(timesteps) for count in steps_per_expert(item.partition, timesteps)]
         write_json(out, {**found, "influence": influences(found["distances"], found["errors"], shares)})
@@ -76,12 +76,12 @@ def _influence(ctx: Context, item: RouteTask, rows: Sequence[int]) -> str | None
 
 
 def _tuned(ctx: Context, item: RouteTask, rows: Sequence[int]) -> tuple[tuple[ExpertTask, ...], Budget | None]:
-    """The short fine-tuning of every expert's part of a uniform plan, and its budget, the job's middle one; nothing without fine-tuning."""
+    """The short fine-tuning of every expert's part of a uniform plan, and its budget, the job's first, so that one more budget changes
+    nothing; nothing without fine-tuning."""
     if not ctx.job.proxy_steps:
         return (), None
-    ranked = sorted(range(len(ctx.job.budgets)), key=lambda i: ctx.job.budgets[i].ratio)
     found = experts.tuning(ctx, item.images, rows, item.partition, [None] * len(item.experts), "influence", experts.short(ctx))
-    return found, ctx.job.budget(ranked[len(ranked) // 2])
+    return found, ctx.job.budget(0)
 
 
 def _distances(ctx: Context, task: InfluenceTask, keys: list[Any]) -> dict[str, Any]:
