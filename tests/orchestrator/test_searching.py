@@ -136,6 +136,14 @@ def test_a_proxy_is_the_fine_tuning_of_so_many_steps(job, tmp_path):
         assert probe.distance(dict(enumerate(mixture.experts)), dense) == pytest.approx(plan.distance, rel=1e-4)
 
 
+def test_one_more_budget_searches_itself_alone_where_plans_are_tried_too(job, searched):
+    before, _ = routed(job, *PROXIES)
+    searched.clear()
+    after, _ = routed(job, *PROXIES, "--set", "budgets=[{ratio: 0.5}, {ratio: 0.65}]")
+    assert {line.split(": ")[1] for line in searched} == {"0.65"}
+    assert after["chosen"]["macs-0.50"] == before["chosen"]["macs-0.50"]
+
+
 def _searched_with(job: Path, *more: str) -> InfluenceTask:
     """Whose samples route looks at."""
     found, draw = list[InfluenceTask](), tasks_route.draw_dense
