@@ -138,7 +138,7 @@ def _agents(e: Evidence, plan: MixturePlan) -> Remark:
         f"{agent} {worth[agent]:.4g} " + ("with the same plan" if trial.experts == era.experts else f"with {dropped(trial)} dropped")
         for agent, trial in ahead.items()
     )
-    lost = f"{word} {mine:.4g} with {dropped(era)} branches dropped, against {rest}"
+    lost = f"{word} {mine:.4g} with {(count := dropped(era))} branch{'es' * (count != 1)} dropped, against {rest}"
     return Remark("warning", f"{at} {name} did not beat {both(ahead)} here: {lost}. The plan of {plan.agent} is used.")
 
 

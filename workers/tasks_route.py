@@ -115,7 +115,7 @@ def expert_influence(session: Session, item: tuple[InfluenceTask, int]) -> tuple
     """(how far the samples move while expert k alone is narrow, the error of that sub-network); no distance if it serves no step.
 
     The sub-network is that of the uniform plan, after a little fine-tuning, and its error that of before, which a search knows: of some
-    experts' errors fine-tuning takes nine tenths, of others' one. Without fine-tuning, one whose error is about the same for all experts.
+    experts' errors fine-tuning takes more than of others'. Without fine-tuning, one whose error is about the same for all experts.
     """
     task, k = item
     unit, route = f"influence {task.route.experts[k].interval.name}", task.route
