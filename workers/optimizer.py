@@ -1,7 +1,7 @@
 """What turns gradients into steps: Muon for the matrices of a network, AdamW for all else.
 
-Muon lets all directions of a matrix learn at one rate, also those whose gradients are small; on pruned emoji experts it came to the error of
-AdamW in two thirds of its steps. A convolution counts as a matrix of its output channels by all that each of them reads.
+Muon lets all directions of a matrix learn at one rate, also those whose gradients are small; on pruned emoji experts it came to the error
+of AdamW in two thirds of its steps. A convolution counts as a matrix of its output channels by all that each of them reads.
 https://kellerjordan.github.io/posts/muon
 """
 
