@@ -102,7 +102,7 @@ class Elastic(Section):
     unit: Literal["group", "channel_per_group"] = Field(
         "group", description="What a ResBlock loses: whole norm groups, or as many channels of every group."
     )
-    most_widths: int = Field(8, ge=2, description="Widths of a site at most, spread evenly over the legal ones.")
+    most_widths: Count = Field(8, description="Widths of a site at most, spread evenly over the legal ones; 1: branches are whole or gone.")
     depth: bool = Field(True, description="Whole residual branches may be dropped.")
     importance: Literal["taylor", "magnitude"] = Field(
         "taylor", description="Order of channels: Taylor on the interval's loss, or weight norm."

@@ -25,6 +25,8 @@ TFLOPS = {"cpu": 0.07, "cuda": 60.0}
 """Sustained training speed that estimates assume: per CPU core, and per GPU. Orders of magnitude, not promises."""
 BYTES_OF_MOMENTS = {"muon": 4, "adamw": 8}
 """Per parameter, in float32: AdamW remembers two, Muon one. (What Muon leaves to AdamW is little.)"""
+BYTES_OF_OPTIMIZER = 8
+"""Per parameter, while it works: Muon keeps beside its moment how far the parameter goes."""
 BYTES_KEPT_PER_PARAMETER = 8
 """A checkpoint holds weights, average and moments in float32; two are kept."""
 BYTES_TRAINED_PER_PARAMETER = {"no": 16, "bf16": 18}
@@ -223,7 +225,7 @@ def _trainer_bytes(job: JobConfig, table: CostTable) -> int:
     kept = activation_bytes(families.load_config(job.model.path)) * settings.batch_size / job.resources.workers_per_expert
     kept *= 0.5 if settings.mixed_precision == "bf16" else 1
     kept *= 2 if settings.cuda_graphs and job.resources.device != "cpu" else 1
-    state = BYTES_TRAINED_PER_PARAMETER[settings.mixed_precision] + BYTES_OF_MOMENTS[settings.optimizer]
+    state = BYTES_TRAINED_PER_PARAMETER[settings.mixed_precision] + BYTES_OF_OPTIMIZER
     return round(state * table.dense.params + kept)
 
 

@@ -1,16 +1,17 @@
 """Which optimiser, learning rate and batch bring a pruned expert's error down? One interval, cut uniformly from the pretrained weights.
 
     PYTHONPATH=. python tests/bench_optimizer.py MODEL IMAGES --interval 300,650 adamw:4e-4 muon:1e-3 muon:1e-3:8
-                                                 [--images 2400] [--batch 16] [--ratio 0.5] [--device cuda]
+                                                 [--images 2400] [--batch 16] [--ratio 0.5] [--widths 4] [--device cuda]
 
-Every run gets as many images; OPTIMIZER:RATE[:BATCH]. Prints the squared error against the dense model on held-out images, in units of
-the dense model's own denoising error there, and images/s.
+Every run gets as many images; OPTIMIZER:RATE[:BATCH[:FEATURE_WEIGHT]]. Prints the squared error against the dense model on held-out
+images, in units of the dense model's own denoising error there, and images/s once it is under way.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from workers import checkpoint, data, families, routers, tasks
-from workers.contracts import ArchitectureSpec, ElasticSettings, ExpertTask, ImageTask, Interval, TrainSettings
+from workers.contracts import ArchitectureSpec, ElasticSettings, ExpertTask, ImageTask, Interval, Progress, TrainSettings
 from workers.cost import cost_table
 from workers.diffusion import NoiseSchedule, generator
 from workers.elastic import ElasticDenoiser, extract
@@ -33,11 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("data")
-    parser.add_argument("runs", nargs="+", metavar="OPTIMIZER:RATE[:BATCH]")
+    parser.add_argument("runs", nargs="+", metavar="OPTIMIZER:RATE[:BATCH[:FEATURE_WEIGHT]]")
     parser.add_argument("--interval", default="300,650")
     parser.add_argument("--images", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--widths", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +53,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     train, held_out = data.split(count, HELD_OUT, 0)
     precision = "bf16" if options.device != "cpu" else "no"
     settings = TrainSettings(0, options.batch, 1e-3, 0, 0.0, 0.98, 1.0, precision, 10**6, 0.2, 1.0, 0.5, 0.1, relative_errors=True)
-    elastic = ElasticSettings(8, depth=True, importance="taylor", most_widths=4)
+    elastic = ElasticSettings(8, depth=True, importance="taylor", most_widths=options.widths)
     task = ExpertTask("finetune", options.model, cache, tuple(train.tolist()), interval, elastic, settings, 0, 128, 0, False)
     session, table = Session(device=options.device), cost_table(config, elastic)
     cut = tasks.train_expert(dataclasses.replace(session, folder=str(folder / "cut")), task)
@@ -61,20 +63,33 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         f"{table.cost(spec).macs / table.dense.macs:.3f} of the MACs, t {interval.start} to {interval.stop}, {options.images} images a run"
     )
     for number, run in enumerate(options.runs):
-        name, rate, *batch = run.split(":")
-        size = int(batch[0]) if batch else options.batch
+        name, rate, batch, feature_weight, *_ = [*run.split(":"), "", ""]
+        size = int(batch or options.batch)
         train_settings = dataclasses.replace(
-            settings, optimizer=name, learning_rate=float(rate), batch_size=size, steps=options.images // size, warmup_steps=10
+            settings,
+            optimizer=name,
+            learning_rate=float(rate),
+            batch_size=size,
+            steps=options.images // size,
+            warmup_steps=10,
+            feature_weight=float(feature_weight or settings.feature_weight),
         )
-        started = time.monotonic()
+        told: list[tuple[float, int]] = []
+        heard = functools.partial(_hear, told)
+        listening = Session(str(folder / str(number)), options.device, on_progress=heard)
         small = dataclasses.replace(task, train=train_settings, source=cut.path, spec=spec)
-        found = tasks.train_expert(dataclasses.replace(session, folder=str(folder / str(number))), small)
-        seconds = time.monotonic() - started
+        found = tasks.train_expert(listening, small)
+        (since, first), (until, last) = told[1], told[-1]
+        rate = (last - first) * size / (until - since)
         source = tasks.load_elastic(cut.path, options.model, task)
         network = extract(source.model, source.branches, spec)
         network.load_state_dict(checkpoint.read(found.path, prefix="ema.")[0])
         error = held.error(ElasticDenoiser(network.to(options.device), ()), ArchitectureSpec({}))
-        print(f"{run:<20} error {error:.4f}   {options.images / seconds:.0f} images/s", flush=True)
+        print(f"{run:<20} error {error:.4f}   {rate:.0f} images/s", flush=True)
+
+
+def _hear(told: list[tuple[float, int]], event: Progress) -> None:
+    told.append((time.monotonic(), event.step))
 
 
 @torch.no_grad()

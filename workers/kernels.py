@@ -3,22 +3,28 @@
 PyTorch's GroupNorm wants channels first, cuDNN's convolutions channels last: half of a small U-Net's time goes into turning one into the
 other, and into biases added, and summed up again, by kernels of their own. torch.compile does as well, but compiles every sub-network anew;
 these take any width. They compute in float32 whatever the samples' precision.
+
+All of them are bound by memory. Addresses are counted in runs of UNIT channels, so that the compiler sees that 16 bytes can be moved at
+once, and sums stay in their tile's shape until the last one, since adding across threads in every turn takes longer than loading.
 Legend: N samples, P pixels, C channels in G groups of W; samples are [N, C, H, W] in memory as [N, P, C].
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS, PIXELS, FLAT = 64, 64, 1024
-"""A tile has so many channels (more if a group has) and pixels; elementwise work goes in runs of FLAT numbers."""
+CHANNELS, PIXELS, PIXELS_BACKWARD, FLAT = 64, 64, 32, 1024
+"""A tile has so many channels (more if a group has) and pixels at most; elementwise work goes in runs of FLAT numbers. As an H200 likes it."""
 ROWS = 1024
 """Pixels whose channels one program sums up."""
+UNIT = 8
+"""Channels that are moved at once, where their number allows."""
 
 
 @triton.jit
@@ -37,33 +43,35 @@ def _normalise(
     mean,
     rstd,
     P,
-    C,
+    C_UNITS,
+    SPAN_UNITS,
     G,
     W,
     eps,
     ADD: tl.constexpr,
     ACT: tl.constexpr,
-    GB: tl.constexpr,
+    UNIT: tl.constexpr,
     BC: tl.constexpr,
     BP: tl.constexpr,
 ):
+    C, span = C_UNITS * UNIT, SPAN_UNITS * UNIT
     n, block, c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BC)
-    channel, group = block * GB * W + c, c // W
-    real = (c < GB * W) & (channel < C)
+    channel = block * span + c
+    group, real = channel // W, (c < span) & (channel < C)
     extra = tl.load(add + n * C + channel, mask=real, other=0.0).to(tl.float32) if ADD else tl.zeros([BC], tl.float32)
-    total, squares = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
+    total, squares = tl.zeros([BP, BC], tl.float32), tl.zeros([BP, BC], tl.float32)
     for start in range(0, P, BP):
         pixel = start + tl.arange(0, BP)
         inside = (pixel[:, None] < P) & real[None, :]
         value = tl.load(x + n * P * C + pixel[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         value = tl.where(inside, value + extra[None, :], 0.0)
-        total += tl.sum(value, 0)
-        squares += tl.sum(value * value, 0)
-    centre = _of_groups(total, group) / (P * W)
-    scale = tl.rsqrt(tl.maximum(_of_groups(squares, group) / (P * W) - centre * centre, 0.0) + eps)
-    first = real & (c % W == 0)
-    tl.store(mean + n * G + block * GB + group, centre, mask=first)
-    tl.store(rstd + n * G + block * GB + group, scale, mask=first)
+        total += value
+        squares += value * value
+    centre = _of_groups(tl.sum(total, 0), group) / (P * W)
+    scale = tl.rsqrt(tl.maximum(_of_groups(tl.sum(squares, 0), group) / (P * W) - centre * centre, 0.0) + eps)
+    first = real & (channel % W == 0)
+    tl.store(mean + n * G + group, centre, mask=first)
+    tl.store(rstd + n * G + group, scale, mask=first)
     factor = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32) * scale
     offset = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32) + (extra - centre) * factor
     for start in range(0, P, BP):
@@ -102,37 +110,39 @@ def _normalise_backward(
     mean,
     rstd,
     P,
-    C,
+    C_UNITS,
+    SPAN_UNITS,
     G,
     W,
-    N,
     ADD: tl.constexpr,
     ACT: tl.constexpr,
-    GB: tl.constexpr,
+    UNIT: tl.constexpr,
     BC: tl.constexpr,
     BP: tl.constexpr,
 ):
+    C, span = C_UNITS * UNIT, SPAN_UNITS * UNIT
     n, block, c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BC)
-    channel, group = block * GB * W + c, c // W
-    real = (c < GB * W) & (channel < C)
+    channel = block * span + c
+    group, real = channel // W, (c < span) & (channel < C)
     extra = tl.load(add + n * C + channel, mask=real, other=0.0).to(tl.float32) if ADD else tl.zeros([BC], tl.float32)
-    centre = tl.load(mean + n * G + block * GB + group, mask=real, other=0.0)
-    scale = tl.load(rstd + n * G + block * GB + group, mask=real, other=0.0)
+    centre = tl.load(mean + n * G + group, mask=real, other=0.0)
+    scale = tl.load(rstd + n * G + group, mask=real, other=0.0)
     factor = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
-    total, products = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
+    total, products = tl.zeros([BP, BC], tl.float32), tl.zeros([BP, BC], tl.float32)
     for start in range(0, P, BP):
         pixel = start + tl.arange(0, BP)
         inside = (pixel[:, None] < P) & real[None, :]
         where = n * P * C + pixel[:, None] * C + channel[None, :]
         value, gradient = _slope(x, slope, where, inside, extra, centre, scale, factor, offset, ACT)
-        total += tl.sum(gradient, 0)
-        products += tl.sum(gradient * value, 0)
-    tl.store(sums + n * C + channel, products, mask=real)
-    tl.store(sums + (N + n) * C + channel, total, mask=real)
-    level = _of_groups(total * factor, group) / (P * W)
-    tilt = _of_groups(products * factor, group) / (P * W)
-    summed = tl.zeros([BC], tl.float32)
+        total += gradient
+        products += gradient * value
+    slope_bias, slope_weight = tl.sum(total, 0), tl.sum(products, 0)
+    tl.store(sums + n * 2 * C + channel, slope_weight, mask=real)
+    tl.store(sums + n * 2 * C + C + channel, slope_bias, mask=real)
+    level = _of_groups(slope_bias * factor, group) / (P * W)
+    tilt = _of_groups(slope_weight * factor, group) / (P * W)
+    summed = tl.zeros([BP, BC], tl.float32)
     for start in range(0, P, BP):
         pixel = start + tl.arange(0, BP)
         inside = (pixel[:, None] < P) & real[None, :]
@@ -140,10 +150,10 @@ def _normalise_backward(
         value, gradient = _slope(x, slope, where, inside, extra, centre, scale, factor, offset, ACT)
         result = scale[None, :] * (gradient * factor[None, :] - level[None, :] - value * tilt[None, :])
         if ADD:
-            summed += tl.sum(tl.where(inside, result, 0.0), 0)
+            summed += tl.where(inside, result, 0.0)
         tl.store(out + where, result.to(out.dtype.element_ty), mask=inside)
     if ADD:
-        tl.store(out_add + n * C + channel, summed.to(out_add.dtype.element_ty), mask=real)
+        tl.store(out_add + n * C + channel, tl.sum(summed, 0).to(out_add.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -157,26 +167,54 @@ def _add(x, residual, bias, out, C, total, RESIDUAL: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _sum_rows(x, out, M, C, ROWS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    total = tl.zeros([BC], tl.float32)
+def _sum_rows(x, out, M, ROWS, C_UNITS, UNIT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    C, channel = C_UNITS * UNIT, tl.program_id(1) * BC + tl.arange(0, BC)
+    total = tl.zeros([BP, BC], tl.float32)
     for start in range(0, ROWS, BP):
-        row = tl.program_id(0).to(tl.int64) * ROWS + start + tl.arange(0, BP)
-        inside = (row[:, None] < M) & (channel[None, :] < C)
-        total += tl.sum(tl.load(x + row[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32), 0)
-    tl.store(out + tl.program_id(0) * C + channel, total, mask=channel < C)
+        offset = start + tl.arange(0, BP)
+        row = tl.program_id(0).to(tl.int64) * ROWS + offset
+        inside = (offset[:, None] < ROWS) & (row[:, None] < M) & (channel[None, :] < C)
+        total += tl.load(x + row[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + tl.program_id(0) * C + channel, tl.sum(total, 0), mask=channel < C)
 
 
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _tiles(channels: int, groups: int) -> tuple[int, int, int]:
-    """(channels of a group, groups of a program, channels of its tile): as many groups as fit into a tile, alike for all programs."""
-    width = channels // groups
-    tile = max(CHANNELS, triton.next_power_of_2(width))
-    programs = triton.cdiv(groups, tile // width)
-    return width, triton.cdiv(groups, programs), tile
+class Tiles(NamedTuple):
+    """How the channels of a norm are shared among programs, each of which has whole groups."""
+
+    unit: int
+    width: int
+    """Channels of a group."""
+    span: int
+    """Channels of a program, of all but perhaps the last."""
+    programs: int
+    channels: int
+    pixels: int
+    """Of a tile."""
+
+    @classmethod
+    def of(cls, channels: int, groups: int, pixels: int) -> Tiles:
+        width, unit = channels // groups, UNIT if channels % UNIT == 0 else 1
+        least = math.lcm(width, unit)  # a program begins at a whole group and at a whole unit
+        programs = triton.cdiv(channels, max(CHANNELS // least, 1) * least)
+        span = triton.cdiv(channels // least, programs) * least
+        tile = max(16, triton.next_power_of_2(span))
+        return cls(unit, width, span, triton.cdiv(channels, span), tile, min(PIXELS, triton.next_power_of_2(pixels)))
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """The sum [C] of the rows of [M, C], in float32."""
+    while True:
+        (m, c), unit = x.shape, UNIT if x.shape[1] % UNIT == 0 else 1
+        programs = triton.cdiv(m, ROWS)
+        out = torch.empty(programs, c, device=x.device, dtype=torch.float32)
+        _sum_rows[programs, triton.cdiv(c, 32)](x, out, m, min(m, ROWS), c // unit, UNIT=unit, BC=32, BP=128)
+        if programs == 1:
+            return out[0]
+        x = out
 
 
 class GroupNorm(torch.autograd.Function):
@@ -186,26 +224,26 @@ class GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, act: bool) -> Tensor:
         x = _last(x)
         (n, c, h, w), add = x.shape, None if add is None else add.contiguous()
-        width, each, tile = _tiles(c, groups)
+        tiles = Tiles.of(c, groups, h * w)
         out, mean = torch.empty_like(x), torch.empty(n, groups, device=x.device, dtype=torch.float32)
         rstd = torch.empty_like(mean)
-        tiles = {"ADD": add is not None, "ACT": act, "GB": each, "BC": tile, "BP": PIXELS}
-        _normalise[n, triton.cdiv(groups, each)](x, add, weight, bias, out, mean, rstd, h * w, c, groups, width, eps, **tiles)
+        ctx.grid, ctx.shape = (n, tiles.programs), (h * w, c // tiles.unit, tiles.span // tiles.unit, groups, tiles.width)
+        ctx.tiles = {"ADD": add is not None, "ACT": act, "UNIT": tiles.unit, "BC": tiles.channels, "BP": tiles.pixels}
+        warps = 8 if h * w > PIXELS else 4
+        _normalise[ctx.grid](x, add, weight, bias, out, mean, rstd, *ctx.shape, eps, **ctx.tiles, num_warps=warps)
         ctx.save_for_backward(x, add, weight, bias, mean, rstd)
-        ctx.tiles, ctx.groups, ctx.width = tiles, groups, width
         return out
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
         x, add, weight, bias, mean, rstd = ctx.saved_tensors
-        n, c, h, w = x.shape
-        out, sums = torch.empty_like(x), torch.empty(2, n, c, device=x.device, dtype=torch.float32)
+        n, c = x.shape[:2]
+        out, sums = torch.empty_like(x), torch.empty(n, 2 * c, device=x.device, dtype=torch.float32)
         out_add = None if add is None else torch.empty_like(add)
-        grid = n, triton.cdiv(ctx.groups, ctx.tiles["GB"])
-        shape = h * w, c, ctx.groups, ctx.width, n
-        _normalise_backward[grid](x, add, weight, bias, _last(slope), out, out_add, sums, mean, rstd, *shape, **ctx.tiles)
-        slopes = sums.sum(1).to(weight.dtype)
-        return out, out_add, slopes[0], slopes[1], None, None, None
+        tiles = ctx.tiles | {"BP": min(PIXELS_BACKWARD, ctx.tiles["BP"])}
+        _normalise_backward[ctx.grid](x, add, weight, bias, _last(slope), out, out_add, sums, mean, rstd, *ctx.shape, **tiles)
+        slopes = sum_rows(sums).to(weight.dtype)
+        return out, out_add, slopes[:c], slopes[c:], None, None, None
 
 
 class AddBias(torch.autograd.Function):
@@ -222,8 +260,5 @@ class AddBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
         last = _last(slope)
-        n, c, h, w = last.shape
-        programs = triton.cdiv(n * h * w, ROWS)
-        sums = torch.empty(programs, c, device=slope.device, dtype=torch.float32)
-        _sum_rows[programs, triton.cdiv(c, CHANNELS)](last, sums, n * h * w, c, ROWS=ROWS, BC=CHANNELS, BP=PIXELS)
-        return last, sums.sum(0).to(slope.dtype), last if ctx.has_residual else None
+        rows = last.permute(0, 2, 3, 1).reshape(-1, last.shape[1])
+        return last, sum_rows(rows).to(slope.dtype), last if ctx.has_residual else None

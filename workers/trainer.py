@@ -237,6 +237,12 @@ class Trainer:
             losses[spec] = found[-1]
         self.captured = Captured(stay, teach, learn, losses, lesson)
         self._forget()
+        self.optimizer.capture(graphs)
+
+    def release(self) -> None:
+        """Let the graphs go: they refer to this trainer as it to them, and the memory of one expert would outlast it."""
+        self.captured = None
+        self.optimizer.release()
 
     def _teach(self, batch: Batch) -> Lesson:
         dtype = DTYPES[self.settings.mixed_precision]

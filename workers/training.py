@@ -98,7 +98,8 @@ def sandwich(table: CostTable, costs: tuple[float, float], count: int, seed: int
 
     rng = random.Random(derive_seed(seed, "sandwich", "pool"))
     members = tuple(draw(rng) for _ in range(max(pool, count))) if pool else ()
-    return Networks((table.space.narrowest, None), draw, count, seed, members)
+    ends = (None,) if table.space.narrowest == table.space.dense else (table.space.narrowest, None)
+    return Networks(ends, draw, count, seed, members)
 
 
 def fit(
@@ -174,7 +175,7 @@ def fit(
         if time.time() - told > 0.5 or step == settings.steps:
             report(step)
             told = time.time()
-    trainer.captured = None  # graphs and trainer refer to each other: the memory of one expert would outlast it
+    trainer.release()
     loss = history[-1][1] if history else 0.0
     ended = time.time()
     return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, ended, spent + ended - started)
