@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.conditioning import Conditioner
-from workers.diffusion import NoiseSchedule, make_sampler
+from workers.diffusion import make_sampler
 from workers.frechet import Statistics, frechet_distance
 from workers.timesteps import Partition
 
@@ -29,8 +29,6 @@ error. (On CIFAR-10, errors of .07, .07 and .35 made the noisiest expert seem to
 times.)"""
 LEAST, MOST = 0.25, 4.0
 """Bounds of an influence relative to the mean: a few hundred samples do not tell more."""
-NOISE_LEVEL = 0.02
-"""Timestep, as a part of all, to whose noise samples are brought for their features: the denoiser never saw clean ones."""
 DIRECTIONS = 64
 """Features are compared in at most so many directions, those in which dense's vary most."""
 
@@ -114,14 +112,17 @@ class Probe:
 
     @torch.no_grad()
     def _view(self, samples: Tensor, rows: slice) -> list[Tensor]:
-        """Per level, the mean over space of what the dense denoiser makes of samples under a little noise, the same for all: [n, d]."""
-        schedule, found = NoiseSchedule(dict(self.config)), []
-        noise = self.noise[:1].expand_as(samples)
-        hooks = [self.dense.get_submodule(name).register_forward_hook(lambda _, __, out: found.append(_mean(out))) for name in self.levels]
+        """Per level, how much what the dense denoiser makes of samples at its last timestep varies over space: [n, d].
+
+        Means over space, or samples under noise, hardly tell of lost details: of CIFAR-10 and emoji experts at half the MACs they let the
+        clean one count a sixth of what it counts, beside the noisy one, in ResNet-56 features. These are within 1.3 and 3.5 times.
+        """
+        found: list[Tensor] = []
+        hooks = [self.dense.get_submodule(name).register_forward_hook(lambda _, __, out: found.append(_spread(out))) for name in self.levels]
         try:
-            t = torch.full((len(samples),), int(NOISE_LEVEL * schedule.num_timesteps), device=samples.device)
+            t = torch.zeros(len(samples), dtype=torch.long, device=samples.device)
             labels = None if self.labels is None else self.labels[rows]
-            self.dense(schedule.noised(samples, noise, t), t, **self.conditioner(labels))
+            self.dense(samples, t, **self.conditioner(labels))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -137,9 +138,9 @@ class Probe:
         return [slice(i, i + self.batch) for i in range(0, len(self.noise), self.batch)]
 
 
-def _mean(output: Any) -> Tensor:
+def _spread(output: Any) -> Tensor:
     """[n, C, H, W] -> [n, C]; blocks of the way down answer with a tuple."""
-    return (output[0] if isinstance(output, tuple) else output).float().mean((2, 3))
+    return (output[0] if isinstance(output, tuple) else output).float().std((2, 3), correction=0)
 
 
 def moved(samples: Sequence[np.ndarray], dense: Sequence[np.ndarray]) -> float:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS, PIXELS, PIXELS_BACKWARD, FLAT = 64, 64, 32, 1024
-"""A tile has so many channels (more if a group has) and pixels at most, as an H200 likes it; elementwise work goes in runs of FLAT numbers."""
+"""A tile has so many channels (more if a group has) and pixels at most, the best on an H200; elementwise work goes in runs of FLAT."""
 ROWS = 1024
 """Pixels whose channels one program sums up."""
 UNIT = 8
