@@ -23,7 +23,7 @@ from workers.files import remove
 from workers.influence import drawn_with, influences
 from workers.trials import InfluenceTask
 
-VERSION = 4
+VERSION = 5
 """Grows with the meaning of what is measured here."""
 
 

@@ -78,10 +78,10 @@ def test_the_distance_of_shifted_features_is_the_shift_as_a_part_of_the_variance
     assert moved([features + shift, features], [features, features]) == pytest.approx(4 * 0.25 / variance, rel=1e-6)
 
 
-def test_influence_is_distance_per_error_and_step_with_mean_one():
-    found = influences([0.2, 0.1], errors=[1.0, 0.25], shares=[0.5, 0.5])
+def test_influence_is_the_root_of_distance_per_error_and_step_with_mean_one():
+    found = influences([0.2, 0.2], errors=[1.0, 0.25], shares=[0.5, 0.5])
     assert found == pytest.approx((2 / 3, 4 / 3))
-    found = influences([0.2, None, 0.1], errors=[1.0, 9.0, 0.25], shares=[0.5, 0.0, 0.5])
+    found = influences([0.2, None, 0.2], errors=[1.0, 9.0, 0.25], shares=[0.5, 0.0, 0.5])
     assert (found[0], found[2]) == pytest.approx((2 / 3, 4 / 3)) and found[1] > 0
 
 
