@@ -86,7 +86,7 @@ def test_influence_is_the_root_of_distance_per_error_and_step_with_mean_one():
 
 
 def test_influence_is_bounded_and_one_where_nothing_moves():
-    found = influences([1.0, 1e-9], errors=[1.0, 1.0], shares=[0.5, 0.5])
+    found = influences([1.0, 1e-20], errors=[1.0, 1.0], shares=[0.5, 0.5])
     assert found[1] / found[0] == pytest.approx(LEAST / 2)
     assert max(influences([1.0] * 20 + [1e6], [1.0] * 21, [1 / 21] * 21)) <= MOST / LEAST
     assert influences([0.0, None], [1.0, 1.0], [0.5, 0.5]) == (1.0, 1.0)
