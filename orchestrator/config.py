@@ -108,6 +108,13 @@ class Elastic(Section):
         "taylor", description="Order of channels: Taylor on the interval's loss, or weight norm."
     )
 
+    @field_validator("depth")
+    @classmethod
+    def _leaves_a_choice(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and info.data.get("most_widths") == 1:
+            raise ValueError("must be true where elastic.most_widths is 1: nothing else could be cut")
+        return value
+
 
 class Training(Section):
     steps: int = Field(ge=1, description="Optimiser steps per expert.")
@@ -146,7 +153,7 @@ class Training(Section):
 class Specialize(Training):
     steps: int = Field(2000, ge=0, description="Optimiser steps per elastic expert; 0: sub-networks are cut from the pretrained weights.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
-    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside the largest or narrowest, which take turns.")
+    random_networks: int = Field(2, ge=0, description="Random sub-networks per step, beside a small one and the largest, which take turns.")
     costs: tuple[Fraction, Fraction] = Field(
         (0.2, 1.0),
         description="What random sub-networks cost at least and at most, as parts of dense's MACs: about what experts will be given.",

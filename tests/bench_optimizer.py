@@ -14,9 +14,12 @@ import dataclasses
 import functools
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from workers import checkpoint, data, families, routers, tasks
 from workers.contracts import ArchitectureSpec, ElasticSettings, ExpertTask, ImageTask, Interval, Progress, TrainSettings
@@ -51,41 +54,72 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     cache, interval = str(folder / "images.arrow"), Interval(*map(int, options.interval.split(",")))
     count = data.build_cache(ImageTask(options.data, config["in_channels"], config["sample_size"], False, "refuse", cache)).count
     train, held_out = data.split(count, HELD_OUT, 0)
-    precision = "bf16" if options.device != "cpu" else "no"
-    settings = TrainSettings(0, options.batch, 1e-3, 0, 0.0, 0.98, 1.0, precision, 10**6, 0.2, 1.0, 0.5, 0.1, relative_errors=True)
     elastic = ElasticSettings(8, depth=True, importance="taylor", most_widths=options.widths)
+    settings = settings_of(options.device, batch_size=options.batch, learning_rate=1e-3)
     task = ExpertTask("finetune", options.model, cache, tuple(train.tolist()), interval, elastic, settings, 0, 128, 0, False)
-    session, table = Session(device=options.device), cost_table(config, elastic)
-    cut = tasks.train_expert(dataclasses.replace(session, folder=str(folder / "cut")), task)
+    table, source = cost_table(config, elastic), cut(task, folder / "cut", options.device)
     fitting = [i / 200 for i in range(401) if table.cost(at_level(table.space, i / 200)).macs <= options.ratio * table.dense.macs]
     spec, held = at_level(table.space, fitting[-1]), calibration(options, cache, held_out.tolist(), interval)
-    print(
-        f"{table.cost(spec).macs / table.dense.macs:.3f} of the MACs, t {interval.start} to {interval.stop}, {options.images} images a run"
-    )
+    part = table.cost(spec).macs / table.dense.macs
+    print(f"{part:.3f} of the MACs, t {interval.start} to {interval.stop}, {options.images} images a run")
     for number, run in enumerate(options.runs):
-        name, rate, batch, feature_weight, *_ = [*run.split(":"), "", ""]
+        name, rate, batch, feature_weight = [*run.split(":"), "", ""][:4]
         size = int(batch or options.batch)
-        train_settings = dataclasses.replace(
-            settings,
-            optimizer=name,
-            learning_rate=float(rate),
-            batch_size=size,
-            steps=options.images // size,
-            warmup_steps=10,
-            feature_weight=float(feature_weight or settings.feature_weight),
-        )
+        weight = float(feature_weight or settings.feature_weight)
+        train_settings = dataclasses.replace(settings, optimizer=name, learning_rate=float(rate), batch_size=size, feature_weight=weight)
         told: list[tuple[float, int]] = []
-        heard = functools.partial(_hear, told)
-        listening = Session(str(folder / str(number)), options.device, on_progress=heard)
-        small = dataclasses.replace(task, train=train_settings, source=cut.path, spec=spec)
-        found = tasks.train_expert(listening, small)
+        hear = functools.partial(_hear, told)
+        small = dataclasses.replace(task, train=train_settings)
+        network = tuned(small, source, spec, options.images // size, folder / str(number), options.device, hear)
         (since, first), (until, last) = told[1], told[-1]
-        rate = (last - first) * size / (until - since)
-        source = tasks.load_elastic(cut.path, options.model, task)
-        network = extract(source.model, source.branches, spec)
+        error = held.error(ElasticDenoiser(network, ()), ArchitectureSpec({}))
+        print(f"{run:<20} error {error:.4f}   {(last - first) * size / (until - since):.0f} images/s", flush=True)
+
+
+def settings_of(device: str, **changes: Any) -> TrainSettings:
+    """As job files have them by default; no steps yet."""
+    settings = TrainSettings(
+        steps=0,
+        batch_size=16,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        weight_decay=0.0,
+        ema_decay=0.98,
+        max_grad_norm=1.0,
+        mixed_precision="no" if device == "cpu" else "bf16",
+        checkpoint_every=10**6,
+        outside_fraction=0.2,
+        output_weight=1.0,
+        feature_weight=0.5,
+        denoising_weight=0.1,
+        relative_errors=True,
+    )
+    return dataclasses.replace(settings, **changes)
+
+
+def cut(task: ExpertTask, folder: Path, device: str) -> str:
+    """The checkpoint of the pretrained denoiser with its channels in the order of their importance."""
+    return tasks.train_expert(Session(str(folder), device), task).path
+
+
+def tuned(
+    task: ExpertTask,
+    source: str,
+    spec: ArchitectureSpec,
+    steps: int,
+    folder: Path,
+    device: str,
+    hear: Callable[[Progress], None] = lambda event: None,
+) -> nn.Module:
+    """A sub-network of a checkpoint after so many steps of the task's training, its average."""
+    elastic = tasks.load_elastic(source, task.model, task)
+    network = extract(elastic.model, elastic.branches, spec)
+    if steps:
+        train = dataclasses.replace(task.train, steps=steps, warmup_steps=min(10, steps // 5))
+        small = dataclasses.replace(task, train=train, source=source, spec=spec)
+        found = tasks.train_expert(Session(str(folder), device, on_progress=hear), small)
         network.load_state_dict(checkpoint.read(found.path, prefix="ema.")[0])
-        error = held.error(ElasticDenoiser(network.to(options.device), ()), ArchitectureSpec({}))
-        print(f"{run:<20} error {error:.4f}   {rate:.0f} images/s", flush=True)
+    return network.to(device)
 
 
 def _hear(told: list[tuple[float, int]], event: Progress) -> None:

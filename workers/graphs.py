@@ -1,6 +1,6 @@
 """Work of a GPU as CUDA graphs: what was captured once is launched whole, without the host between one kernel and the next.
 
-For timing: inputs stay where they are, and outputs are dropped.
+Inputs and outputs stay where they are. What is captured may go on in other streams, if it comes back from them.
 """
 
 from __future__ import annotations

@@ -11,20 +11,19 @@ Legend: N samples, P pixels, C channels in G groups of W; samples are [N, C, H, 
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS, PIXELS, PIXELS_BACKWARD, FLAT = 64, 64, 32, 1024
-"""A tile has so many channels (more if a group has) and pixels at most, the best on an H200; elementwise work goes in runs of FLAT."""
-ROWS = 1024
-"""Pixels whose channels one program sums up."""
-UNIT = 8
-"""Channels that are moved at once, where their number allows."""
+from workers.tiles import PIXELS, PIXELS_BACKWARD, UNIT, Tiles
+
+FLAT = 1024
+"""Elementwise work goes in runs of so many numbers."""
+ROWS, COLUMNS = 1024, 32
+"""Of a matrix, that one program sums up."""
 
 
 @triton.jit
@@ -167,13 +166,13 @@ def _add(x, residual, bias, out, C, total, RESIDUAL: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _sum_rows(x, out, M, ROWS, C_UNITS, UNIT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+def _sum_rows(x, out, M, EACH, C_UNITS, UNIT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
     C, channel = C_UNITS * UNIT, tl.program_id(1) * BC + tl.arange(0, BC)
     total = tl.zeros([BP, BC], tl.float32)
-    for start in range(0, ROWS, BP):
+    for start in range(0, EACH, BP):
         offset = start + tl.arange(0, BP)
-        row = tl.program_id(0).to(tl.int64) * ROWS + offset
-        inside = (offset[:, None] < ROWS) & (row[:, None] < M) & (channel[None, :] < C)
+        row = tl.program_id(0).to(tl.int64) * EACH + offset
+        inside = (offset[:, None] < EACH) & (row[:, None] < M) & (channel[None, :] < C)
         total += tl.load(x + row[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(out + tl.program_id(0) * C + channel, tl.sum(total, 0), mask=channel < C)
 
@@ -182,39 +181,13 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-class Tiles(NamedTuple):
-    """How the channels of a norm are shared among programs, each of which has whole groups."""
-
-    unit: int
-    width: int
-    """Channels of a group."""
-    span: int
-    """Channels of a program, of all but perhaps the last."""
-    programs: int
-    channels: int
-    pixels: int
-    """Of a tile."""
-
-    @classmethod
-    def of(cls, channels: int, groups: int, pixels: int) -> Tiles:
-        width, unit = channels // groups, UNIT if channels % UNIT == 0 else 1
-        least = math.lcm(width, unit)  # a program begins at a whole group and at a whole unit
-        programs = triton.cdiv(channels, max(CHANNELS // least, 1) * least)
-        span = triton.cdiv(channels // least, programs) * least
-        tile = max(16, triton.next_power_of_2(span))
-        return cls(unit, width, span, triton.cdiv(channels, span), tile, min(PIXELS, triton.next_power_of_2(pixels)))
-
-
 def sum_rows(x: Tensor) -> Tensor:
-    """The sum [C] of the rows of [M, C], in float32."""
-    while True:
-        (m, c), unit = x.shape, UNIT if x.shape[1] % UNIT == 0 else 1
-        programs = triton.cdiv(m, ROWS)
-        out = torch.empty(programs, c, device=x.device, dtype=torch.float32)
-        _sum_rows[programs, triton.cdiv(c, 32)](x, out, m, min(m, ROWS), c // unit, UNIT=unit, BC=32, BP=128)
-        if programs == 1:
-            return out[0]
-        x = out
+    """The sum [C] of the rows of [M, C], one or more, in float32."""
+    (m, c), unit = x.shape, UNIT if x.shape[1] % UNIT == 0 else 1
+    programs = triton.cdiv(m, ROWS)
+    out = torch.empty(programs, c, device=x.device, dtype=torch.float32)
+    _sum_rows[programs, triton.cdiv(c, COLUMNS)](x, out, m, min(m, ROWS), c // unit, UNIT=unit, BC=COLUMNS, BP=ROWS // 8)
+    return out[0] if programs == 1 else sum_rows(out)
 
 
 class GroupNorm(torch.autograd.Function):

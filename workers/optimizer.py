@@ -19,7 +19,7 @@ from workers.graphs import Graphs
 LEAST = 16
 """Channels, on both sides, of a matrix: what reads or makes an image is none."""
 STREAMS = 8
-"""Of a GPU, on which matrices take their turns: each one's two dozen kernels are too small to fill it."""
+"""Of a GPU, among which matrices are shared: each one's two dozen kernels are too small to fill it."""
 
 
 class Optimizer:
@@ -30,40 +30,40 @@ class Optimizer:
         chosen = _matrices(model) if settings.optimizer == "muon" else set()
         matrices = [i for i, weight in enumerate(weights) if weight in chosen]
         rest = [i for i in range(len(weights)) if i not in matrices]
-        cuda = weights[0].is_cuda
-        self._decay, self._weights, self._parts = settings.weight_decay, weights, list[tuple[torch.optim.Optimizer, list[int]]]()
+        self._decay, self._weights = settings.weight_decay, weights
         self._matrices = [as_matrix(weights[i].data) for i in matrices]
-        moves = {i: _move(weights[i]) for i in matrices}
-        self._moves = list[Tensor](moves.values())
-        self._move: Callable[[], None] = self._muon
-        self._streams = _streams() if cuda and matrices else ()
-        self._muons: list[torch.optim.Muon] = []
-        for share in _shares(weights, matrices, max(1, len(self._streams))):
-            self._muons.append(torch.optim.Muon([moves[i] for i in share], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-            self._parts.append((self._muons[-1], share))
-        self._adamw = None
+        directions = {i: _direction(weights[i]) for i in matrices}
+        self._directions = list[Tensor](directions.values())
+        self._muons = [
+            (torch.optim.Muon([directions[i] for i in share], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), share)
+            for share in _shares(weights, matrices, STREAMS)
+        ]
+        self._adamw: torch.optim.AdamW | None = None
+        self._parts: list[tuple[torch.optim.Optimizer, list[int]]] = [*self._muons]
         if rest:
-            self._adamw = torch.optim.AdamW([weights[i] for i in rest], lr=settings.learning_rate, weight_decay=self._decay, fused=cuda)
+            fused = weights[0].is_cuda
+            self._adamw = torch.optim.AdamW([weights[i] for i in rest], lr=settings.learning_rate, weight_decay=self._decay, fused=fused)
             self._parts.append((self._adamw, rest))
+        self._graph: Callable[[], None] | None = None
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Spend the gradients at a learning rate: about how far a number moves, whichever optimiser moves it."""
         if self._matrices:
-            self._move()
+            (self._graph or self._orthogonalise)()
             torch._foreach_mul_(self._matrices, 1 - rate * self._decay)
-            torch._foreach_add_(self._matrices, self._moves, alpha=rate)
+            torch._foreach_add_(self._matrices, self._directions, alpha=rate)
         if self._adamw is not None:
             self._adamw.param_groups[0]["lr"] = rate
             self._adamw.step()
 
     @torch.no_grad()
     def capture(self, graphs: Graphs) -> None:
-        """Make a CUDA graph of Muon's part. What is remembered stays as it is."""
+        """Make a CUDA graph of Muon's part. What is remembered stays as it is, and from now on where it is."""
         if not self._matrices:
             return
         kept = [value.clone() for value in self._momenta()]
-        self._move = graphs.capture(self._muon)
+        self._graph = graphs.capture(self._orthogonalise)
         if kept:
             torch._foreach_copy_(self._momenta(), kept)
         else:
@@ -71,20 +71,21 @@ class Optimizer:
 
     def release(self) -> None:
         """Let the graph go, which refers to this as this to it."""
-        self._move = self._muon
+        self._graph = None
 
     def _momenta(self) -> list[Tensor]:
-        return [slots["momentum_buffer"] for muon in self._muons for slots in muon.state.values() if slots]
+        return [slots["momentum_buffer"] for muon, _ in self._muons for slots in muon.state.values() if slots]
 
     @torch.no_grad()
-    def _muon(self) -> None:
+    def _orthogonalise(self) -> None:
         """Where matrices go at a learning rate of one: what a CUDA graph repeats knows no other rate."""
-        torch._foreach_zero_(self._moves)
-        if not self._streams:
-            self._muons[0].step()
+        torch._foreach_zero_(self._directions)
+        if not self._matrices[0].is_cuda:
+            for muon, _ in self._muons:
+                muon.step()
             return
-        here, lanes = torch.cuda.current_stream(), list(zip(self._muons, self._streams, strict=False))
-        for muon, stream in lanes:
+        here, lanes = torch.cuda.current_stream(), list(zip(self._muons, _streams(torch.cuda.current_device()), strict=False))
+        for (muon, _), stream in lanes:
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
                 muon.step()
@@ -101,7 +102,8 @@ class Optimizer:
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Remember what ``tensors`` gave, wherever and in whatever layout that was."""
+        """Remember what ``tensors`` gave, wherever and in whatever layout that was; before a graph is made, which knows places only."""
+        assert self._graph is None
         for optimizer, indices in self._parts:
             slots: dict[int, dict[str, Tensor]] = {place: {} for place in range(len(indices))}
             for name, value in state.items():
@@ -125,24 +127,34 @@ def _matrices(model: nn.Module) -> set[Tensor]:
     return {layer.weight for layer in layers if min(layer.weight.shape[:2]) >= LEAST}
 
 
-def _move(weight: nn.Parameter) -> nn.Parameter:
-    """What Muon takes for the matrix itself: it starts at zero in every step and ends at how far the matrix goes."""
+def _direction(weight: nn.Parameter) -> nn.Parameter:
+    """What Muon takes for the matrix itself: zero before every step, and then where the matrix goes."""
     assert weight.grad is not None
-    move = nn.Parameter(torch.zeros_like(as_matrix(weight.data)))
-    move.grad = as_matrix(weight.grad)
-    return move
+    direction = nn.Parameter(torch.zeros_like(as_matrix(weight.data)))
+    direction.grad = as_matrix(weight.grad)
+    return direction
 
 
 def _shares(weights: Sequence[Tensor], matrices: Sequence[int], count: int) -> list[list[int]]:
-    """At most ``count`` lists of matrices, of about the same size in all."""
-    ordered = sorted(matrices, key=lambda i: weights[i].numel(), reverse=True)
-    return [ordered[k::count] for k in range(min(count, len(ordered)))]
+    """At most ``count`` lists of matrices that are about as much work each: the next one goes where there is least."""
+    found, work = [list[int]() for _ in range(min(count, len(matrices)))], [0] * min(count, len(matrices))
+    for i in sorted(matrices, key=lambda i: _work(weights[i]), reverse=True):
+        least = work.index(min(work))
+        found[least].append(i)
+        work[least] += _work(weights[i])
+    return found
+
+
+def _work(weight: Tensor) -> int:
+    """Of one Muon step, about: products of the matrix with its smaller side's square."""
+    rows, columns = len(weight), weight[0].numel()
+    return min(rows, columns) * rows * columns
 
 
 @functools.cache
-def _streams() -> tuple[torch.cuda.Stream, ...]:
+def _streams(device: int) -> tuple[torch.cuda.Stream, ...]:
     """The same ones for every network of a process: cuBLAS keeps memory for every stream that it meets."""
-    return tuple(torch.cuda.Stream() for _ in range(STREAMS))
+    return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))
 
 
 def _like(weight: Tensor, value: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def _sized(space: SearchSpace, size: float, shifts: Mapping[str, float]) -> Arch
 class Networks:
     """Which sub-networks a step trains: ``count`` random ones, and one of the ``ends``, which take turns.
 
-    The ends are the narrowest and the largest (None): slimmable networks' sandwich rule at two thirds of its cost. With a ``pool``, random
+    The ends are a small one and the largest (None): slimmable networks' sandwich rule at two thirds of its cost. With a ``pool``, random
     ones are drawn from it; without, they are new in every step. A pure function of ``seed`` and the step.
     """
 
@@ -88,6 +88,7 @@ WHOLE = Networks((None,))
 def sandwich(table: CostTable, costs: tuple[float, float], count: int, seed: int, pool: int = 0) -> Networks:
     """The ends, and sub-networks that cost between ``costs`` of dense's MACs, cheap ones as often as dear ones (by the logarithm).
 
+    The small end is the narrowest; where branches are whole or gone, one of the least of the ``costs``.
     ``pool``: how many random ones there are in all; 0 for new ones in every step. A small pool is learned by heart: of those outside it a
     search would think too little.
     """
@@ -98,8 +99,10 @@ def sandwich(table: CostTable, costs: tuple[float, float], count: int, seed: int
 
     rng = random.Random(derive_seed(seed, "sandwich", "pool"))
     members = tuple(draw(rng) for _ in range(max(pool, count))) if pool else ()
-    ends = (None,) if table.space.narrowest == table.space.dense else (table.space.narrowest, None)
-    return Networks(ends, draw, count, seed, members)
+    small = table.space.narrowest
+    if small == table.space.dense:
+        small = network_of_cost(table, low, random.Random(derive_seed(seed, "sandwich", "end")))
+    return Networks((small, None), draw, count, seed, members)
 
 
 def fit(

@@ -37,6 +37,8 @@ def test_a_trainers_state_takes_what_the_plan_says(emoji, precision, optimizer):
     parameters = sum(parameter.numel() for parameter in teacher.parameters())
     assert sum(held.values()) == planning.BYTES_TRAINED_PER_PARAMETER[precision] * parameters
     assert moments == pytest.approx(planning.BYTES_OF_MOMENTS[optimizer] * parameters, rel=0.1 if optimizer == "muon" else 0)
+    at_work = moments + sum(direction.nbytes for direction in trainer.optimizer._directions)
+    assert at_work == pytest.approx(planning.BYTES_OF_OPTIMIZER * parameters, rel=0.01)
 
 
 def test_memory_of_a_trainer_grows_by_activations_which_graphs_keep():
@@ -46,7 +48,7 @@ def test_memory_of_a_trainer_grows_by_activations_which_graphs_keep():
 
     job = planning.prepare(load_job("quickstart", []))
     kept, params = 8 * activation_bytes(families.load_config(job.job.model.path)), job.table.dense.params
-    assert needed("resources.device=cpu") == 20 * params + kept
-    assert needed("resources.device=cuda") == 20 * params + 2 * kept
-    assert needed("resources.device=cuda", "specialize.cuda_graphs=false") == 20 * params + kept
-    assert needed("resources.device=cuda", "specialize.mixed_precision=bf16") == 22 * params + kept
+    assert needed("resources.device=cpu") == 24 * params + kept
+    assert needed("resources.device=cuda") == 24 * params + 2 * kept
+    assert needed("resources.device=cuda", "specialize.cuda_graphs=false") == 24 * params + kept
+    assert needed("resources.device=cuda", "specialize.mixed_precision=bf16") == 26 * params + kept

@@ -84,7 +84,9 @@ def test_training_with_fused_networks_is_the_same_training_and_resumes_bit_for_b
 @pytest.mark.gpu
 @NEEDS_CUDA
 @pytest.mark.parametrize("act", [True, False])
-@pytest.mark.parametrize(("channels", "groups", "side"), [(24, 8, 5), (96, 32, 32), (192, 32, 7), (36, 3, 6), (96, 1, 4)])
+@pytest.mark.parametrize(
+    ("channels", "groups", "side"), [(24, 8, 5), (96, 32, 32), (192, 32, 7), (36, 3, 6), (96, 1, 4), (1568, 32, 4), (288, 32, 1)]
+)
 def test_the_norm_kernel_and_its_gradients_are_those_of_pytorch(channels, groups, side, act):
     from workers import kernels
 

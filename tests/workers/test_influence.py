@@ -10,7 +10,7 @@ import torch
 from workers import conditioning
 from workers.contracts import Partition
 from workers.families import unet2d
-from workers.influence import ERROR, LEAST, MOST, Probe, influences, level_of_error, moved
+from workers.influence import ERROR, LEAST, MOST, Probe, influences, level_of_error, moved, spread
 
 
 @pytest.fixture
@@ -54,6 +54,19 @@ def test_a_larger_error_moves_the_samples_further(probe):
             worse.conv_out.bias += size
         found.append(probe.distance({1: worse}, dense))
     assert 0 < found[0] < found[1]
+
+
+def test_samples_that_lost_details_but_keep_their_means_are_seen(probe):
+    whole = torch.randn(64, 3, 16, 16)
+    coarse = torch.nn.functional.avg_pool2d(whole, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    views = [[level.numpy() for level in probe.view(x, slice(None))] for x in (whole, coarse, whole + 0.1)]
+    assert moved(views[1], views[0]) > 5 * moved(views[2], views[0]) > 0
+
+
+def test_a_level_of_one_pixel_is_seen_by_its_values():
+    values = torch.randn(4, 6, 1, 1)
+    assert torch.equal(spread(values), values.flatten(1))
+    assert torch.equal(spread(torch.ones(4, 6, 2, 2)), torch.zeros(4, 6))
 
 
 def test_batches_change_nothing(probe):

@@ -291,6 +291,14 @@ def test_all_ranks_and_all_reruns_train_the_same_sub_networks():
     assert [first(step)[-1] for step in range(3)] == [table.space.narrowest, None, table.space.narrowest]
 
 
+def test_where_branches_are_whole_or_gone_the_small_end_is_one_of_the_least_cost():
+    model = families.family("unet2d").tiny()
+    table = cost_table(dict(model.config) | {"_class_name": "UNet2DModel"}, ElasticSettings(8, True, "taylor", most_widths=1))
+    small, largest, again = (training.sandwich(table, (0.6, 1.0), 2, 7)(step)[-1] for step in range(3))
+    assert small == again and largest is None
+    assert 0.3 < table.cost(small).macs / table.dense.macs <= 0.6
+
+
 def test_a_pool_is_all_that_random_sub_networks_are_drawn_from():
     table = tiny_table()
     networks = training.sandwich(table, (0.3, 1.0), 2, 7, pool=5)
