@@ -117,8 +117,9 @@ class Probe:
     def view(self, samples: Tensor, rows: slice, summary: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """Per level, a ``summary`` [n, d] of what the dense denoiser makes of samples at timestep 0: how much it varies over space.
 
-        Means over space hardly tell of lost details: beside the noisy expert at half the MACs they let the clean one count a fifth to a
-        seventh of what it counts in ResNet-56 features (CIFAR-10 and emoji); these are within 1.3 times on CIFAR-10 and 4.8 on emoji.
+        Means over space hardly tell of lost details: beside the noisy expert at half the MACs they let the clean one count a
+        quarter of what it counts in ResNet-56 features (CIFAR-10; emoji), under a little noise a sixth; these are within 1.3 times on
+        CIFAR-10, no better on emoji.
         """
         found: list[Tensor] = []
 
