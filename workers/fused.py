@@ -35,6 +35,15 @@ def add_bias(x: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     return kernels.AddBias.apply(x, bias, residual)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[..., D] -> [..., C]."""
+    if not x.is_cuda:
+        return F.linear(x, weight, bias)
+    from workers import kernels
+
+    return kernels.Linear.apply(x, weight, bias)
+
+
 class FusedGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         return group_norm(input, self)
@@ -45,15 +54,23 @@ class FusedConv2d(nn.Conv2d):
         return add_bias(_convolve(self, input), _bias(self))
 
 
+class FusedLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 class FusedResnet(ResnetBlock2D):
-    """The bias of the first convolution goes into the norm after it, that of the second into the sum with the shortcut."""
+    """The bias of the first convolution goes with that of the timestep into the norm after it, that of the second into the sum with the
+    shortcut."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
         hidden = _convolve(self.conv1, group_norm(input_tensor, self.norm1, act=True))
-        told = _bias(self.conv1).expand(len(hidden), -1)
-        if self.time_emb_proj is not None:
-            told = told + self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
-        hidden = _convolve(self.conv2, group_norm(hidden, self.norm2, act=True, add=told))
+        told, bias = self.time_emb_proj, _bias(self.conv1)
+        if told is None:
+            extra = bias.expand(len(hidden), -1)
+        else:
+            extra = linear(temb if self.skip_time_act else F.silu(temb), told.weight, told.bias + bias)
+        hidden = _convolve(self.conv2, group_norm(hidden, self.norm2, act=True, add=extra))
         bias, shortcut = _bias(self.conv2), self.conv_shortcut
         if shortcut is None:
             return add_bias(hidden, bias, input_tensor)
@@ -75,7 +92,8 @@ def _fits(block: ResnetBlock2D) -> bool:
     plain = block.upsample is None and block.downsample is None and block.output_scale_factor == 1
     silu = isinstance(block.nonlinearity, nn.SiLU) and block.time_embedding_norm == "default"
     still = not block.training or block.dropout.p == 0
-    return plain and silu and still and block.conv1.bias is not None and block.conv2.bias is not None
+    layers = (block.conv1, block.conv2, block.time_emb_proj)
+    return plain and silu and still and all(layer is None or layer.bias is not None for layer in layers)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -91,6 +109,8 @@ def fuse(model: nn.Module) -> nn.Module:
             module.__class__ = FusedGroupNorm
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.bias is not None:
             module.__class__ = FusedConv2d
+        elif type(module) is nn.Linear and module.bias is not None:
+            module.__class__ = FusedLinear
     return channels_last(model)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -235,3 +236,18 @@ class AddBias(torch.autograd.Function):
         last = _last(slope)
         rows = last.permute(0, 2, 3, 1).reshape(-1, last.shape[1])
         return last, sum_rows(rows).to(slope.dtype), last if ctx.has_residual else None
+
+
+class Linear(torch.autograd.Function):
+    """PyTorch's, whose slope of the bias takes longer than all the rest where there are few channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        rows = slope.reshape(-1, slope.shape[-1]).contiguous()
+        return slope @ weight, rows.t() @ x.reshape(-1, x.shape[-1]), sum_rows(rows).to(slope.dtype)

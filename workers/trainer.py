@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from workers import rewrites
 from workers.contracts import ArchitectureSpec, TrainSettings
 from workers.diffusion import NoiseSchedule
 from workers.elastic import ElasticDenoiser
@@ -184,6 +185,8 @@ class Trainer:
             channels_last(elastic)  # laid out like the copy, or every step would turn the weights over
         averaged = copy.deepcopy(elastic.model).requires_grad_(False)
         running = elastic if dtype == torch.float32 else nn.Module.to(copy.deepcopy(elastic), dtype=dtype)
+        if fused:
+            rewrites.apply(teacher, ("transpose_upsample", "fuse_qkv"))
         nn.Module.to(teacher, dtype=dtype).requires_grad_(False)
         if fused:
             fuse(running)

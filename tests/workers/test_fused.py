@@ -107,6 +107,22 @@ def test_the_norm_kernel_and_its_gradients_are_those_of_pytorch(channels, groups
 
 @pytest.mark.gpu
 @NEEDS_CUDA
+def test_the_linear_layer_and_its_gradients_are_those_of_pytorch(monkeypatch):
+    from workers import kernels
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 50, 24, device="cuda"), torch.randn(36, 24, device="cuda"), torch.randn(36, device="cuda")
+    mine, theirs = ([value.clone().requires_grad_() for value in (x, weight, bias)] for _ in range(2))
+    found, wanted = kernels.Linear.apply(*mine), F.linear(*theirs)
+    found.square().sum().backward()
+    wanted.square().sum().backward()
+    for a, b in ((found, wanted), *((a.grad, b.grad) for a, b in zip(mine, theirs, strict=True))):
+        assert relative(a, b.detach()) < 1e-5
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize("residual", [True, False])
 def test_the_bias_kernel_and_its_gradients_are_those_of_pytorch(residual):
     from workers import kernels
