@@ -21,14 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.bench_optimizer import calibration, cut, settings_of, tuned
+from tests.bench_optimizer import calibration, cut, settings_of, tuned, uniform
 from workers import conditioning, data, extractors, families
 from workers.contracts import ArchitectureSpec, ElasticSettings, ExpertTask, ExtractorRef, ImageTask, Partition
 from workers.cost import cost_table
 from workers.diffusion import generator
 from workers.elastic import ElasticDenoiser
 from workers.influence import Probe, moved
-from workers.routers.uniform import at_level
 
 
 def main() -> None:
@@ -73,8 +72,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     )
     drawn, elastic = probe.draw_dense(), ElasticSettings(8, depth=True, importance="taylor", most_widths=options.widths)
     table = cost_table(config, elastic)
-    fitting = [i / 200 for i in range(401) if table.cost(at_level(table.space, i / 200)).macs <= options.ratio * table.dense.macs]
-    spec = at_level(table.space, fitting[-1])
+    spec = uniform(table, options.ratio)
     views = {"spread": lambda x: whole(probe, x), "means": lambda x: whole(probe, x, lambda features: features.mean((2, 3)))}
     if options.weights:
         resnet = extractors.load(ExtractorRef("resnet56", options.weights), options.device)

@@ -23,7 +23,7 @@ from torch import nn
 
 from workers import checkpoint, data, families, routers, tasks
 from workers.contracts import ArchitectureSpec, ElasticSettings, ExpertTask, ImageTask, Interval, Progress, TrainSettings
-from workers.cost import cost_table
+from workers.cost import CostTable, cost_table
 from workers.diffusion import NoiseSchedule, generator
 from workers.elastic import ElasticDenoiser, extract
 from workers.routers.uniform import at_level
@@ -58,8 +58,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     settings = settings_of(options.device, batch_size=options.batch, learning_rate=1e-3)
     task = ExpertTask("finetune", options.model, cache, tuple(train.tolist()), interval, elastic, settings, 0, 128, 0, False)
     table, source = cost_table(config, elastic), cut(task, folder / "cut", options.device)
-    fitting = [i / 200 for i in range(401) if table.cost(at_level(table.space, i / 200)).macs <= options.ratio * table.dense.macs]
-    spec, held = at_level(table.space, fitting[-1]), calibration(options, cache, held_out.tolist(), interval)
+    spec, held = uniform(table, options.ratio), calibration(options, cache, held_out.tolist(), interval)
     part = table.cost(spec).macs / table.dense.macs
     print(f"{part:.3f} of the MACs, t {interval.start} to {interval.stop}, {options.images} images a run")
     for number, run in enumerate(options.runs):
@@ -95,6 +94,12 @@ def settings_of(device: str, **changes: Any) -> TrainSettings:
         relative_errors=True,
     )
     return dataclasses.replace(settings, **changes)
+
+
+def uniform(table: CostTable, ratio: float) -> ArchitectureSpec:
+    """The largest sub-network, alike everywhere, within a part of dense's MACs."""
+    levels = (at_level(table.space, i / 200) for i in range(400, -1, -1))
+    return next(spec for spec in levels if table.cost(spec).macs <= ratio * table.dense.macs)
 
 
 def cut(task: ExpertTask, folder: Path, device: str) -> str:
