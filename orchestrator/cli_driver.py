@@ -25,7 +25,8 @@ def driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]
 
     _require_lasting({"storage.path": prepared.store.folder, "registry.path": Path(prepared.job.registry.path)})
     signal.signal(signal.SIGTERM, _as_interrupt)
-    if not (prepared.store.folder / "run.json").exists():  # nothing is done, so there is work; a refusal leaves nothing behind
+    new = not (prepared.store.folder / "run.json").exists()
+    if new:  # nothing is done, so there is work; a refusal leaves nothing behind
         _check_capacity(prepared.job, inline)
     prepared.store.claim(planning.owner(prepared.job, prepared.pipeline.identity))
     clusters: list[Any] = []
@@ -36,7 +37,10 @@ def driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]
         view.update(event)
         curves.update(event)
 
-    with prepared.store.lock(), view, contextlib.closing(curves):
+    # of a cluster's job, and of a run on an object store, `status` tells elsewhere how it ended
+    watched = "RAY_ADDRESS" in os.environ or prepared.store.mirror is not None
+    refusing = prepared.store.refusing() if new and not watched else contextlib.nullcontext()
+    with prepared.store.lock(), refusing, view, contextlib.closing(curves):
 
         def cluster() -> Any:
             if not clusters:

@@ -273,6 +273,17 @@ class RunStore:
         record = {"schema": SCHEMA, "stage": stage, "fingerprint": fingerprint, "started": started, "seconds": seconds}
         write_json(folder / "done.json", {**record, "resumed": resumed, "calls": list(calls), "result": result})
 
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Whoever refuses an input before anything is made leaves no folder. For who holds the lock of a run that was not there before."""
+        try:
+            yield
+        except InputError:
+            made = (path.relative_to(self.folder).parts for path in self.folder.rglob("*") if not path.is_dir())
+            if all(parts[0] in ("run.json", "job.json", "progress.json", ".lock", "tensorboard") for parts in made):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
     def tidy(self) -> None:
         """Remove what killed processes have left of files that they were writing; for who holds the lock, and no work under way."""
         for left in (*self.folder.glob("*/.*.tmp*"), *self.folder.glob("*/*/.*.tmp*"), *self.folder.glob("cache/*.tmp")):

@@ -313,9 +313,17 @@ def test_a_corrupt_image_in_the_middle_is_named_and_nothing_is_kept_of_the_rest(
     assert last.startswith("error: data.path: image-07.png cannot be read (")
     assert last.endswith("): repair or remove it, or set data.on_error: skip")
     assert [line.split() for line in progress] == [["analyze", "running"]]
+    assert not Path("runs/quickstart").exists()
+
+
+def test_a_run_that_has_made_something_survives_a_refused_input(images):
+    assert analyze(images).exit_code == 0
     run = Path("runs/quickstart")
-    assert {path.name for path in run.rglob("*") if path.is_file()} == {"run.json", "job.json", "progress.json", ".lock"}
-    assert json.loads((run / "progress.json").read_text())["units"] == []
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in ("progress.json", "job.json", ".lock")}
+    assert len(kept) > 2
+    (images / "image-07.png").write_bytes(b"no image")
+    assert analyze(images).exit_code == 2
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_a_corrupt_image_is_left_out_and_counted_when_asked_for(images):
