@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -172,7 +173,13 @@ class Specialize(Training):
 class Finetune(Training):
     steps: int = Field(2000, ge=1, description="Optimiser steps per small expert.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
+    calibrate: bool = Field(
+        True, description="At the end an expert's output is scaled so that it rises with dense's one to one: what is learned is too faint."
+    )
     compare: list[str] = Field(["uniform"], description="Agents whose plans are fine-tuned too, each as a row beside the mixture's.")
+
+    def settings(self) -> TrainSettings:
+        return replace(super().settings(), calibrate=self.calibrate)
 
 
 class Router(Section):

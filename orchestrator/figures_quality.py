@@ -19,7 +19,7 @@ from workers.contracts import METRICS
 
 QUALITIES = {"frechet": "Frechet distance (log)", "paired_mse": "MSE to dense, same noise (log)"}
 COSTS = {"MACs": "MACs of all steps, relative to dense", "time": "measured time of all steps, relative to dense"}
-BELOW: dict[str, Any] = {"xytext": (-4, -13), "ha": "right", "size": 8}
+BELOW: dict[str, Any] = {"xytext": (0, -14), "ha": "center", "size": 8}
 MARKERS = "osvD^Pp*"
 ABOVE: dict[str, Any] = {"xytext": (4, 4), "size": 7.5, "color": MUTED}
 
@@ -114,7 +114,7 @@ def _pareto(series: Sequence[Series], quality: str, level: float = math.nan) -> 
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
         axes.set(title=f"Quality against {name}", xlabel=label)
-        axes.margins(x=0.1, y=0.12)
+        axes.margins(x=0.12, y=0.12)
     panels[0].set_ylabel(QUALITIES[quality])
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:

@@ -296,7 +296,7 @@ class LatencyTask(Record):
 @dataclass(frozen=True)
 class TrainSettings(Record):
     """One expert's training, as ``specialize`` and ``finetune`` of a job file say it. ``relative_errors``: one counts as a part of the
-    teacher's at its timestep."""
+    teacher's at its timestep. ``calibrate``: at the end the averaged network's output is scaled to the teacher's."""
 
     steps: int
     batch_size: int
@@ -314,6 +314,7 @@ class TrainSettings(Record):
     cuda_graphs: bool = True
     relative_errors: bool = False
     optimizer: str = "muon"
+    calibrate: bool = False
 
 
 @dataclass(frozen=True)

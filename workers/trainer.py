@@ -248,13 +248,35 @@ class Trainer:
         self.optimizer.release()
 
     def _teach(self, batch: Batch) -> Lesson:
-        dtype = DTYPES[self.settings.mixed_precision]
         clean, timesteps, noise, told = batch
-        noisy, target = self.schedule.noised(clean, noise, timesteps).to(dtype), self.schedule.target(clean, noise, timesteps)
-        told = {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
+        target = self.schedule.target(clean, noise, timesteps)
+        noisy, told = self._rounded(self.schedule.noised(clean, noise, timesteps), told)
         with torch.no_grad():
             taught = Taught.of(self.teacher(noisy, timesteps, **told).sample, self.taught_features.take())
         return Lesson(noisy, timesteps, told, target, taught)
+
+    def _rounded(self, noisy: Tensor, told: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """In the precision of the steps."""
+        dtype = DTYPES[self.settings.mixed_precision]
+        return noisy.to(dtype), {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
+
+    @torch.no_grad()
+    def taught(self, noisy: Tensor, timesteps: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """What the teacher makes of noisy samples [n, C, H, W], float32."""
+        noisy, told = self._rounded(noisy, told)
+        output = self.teacher(noisy, timesteps, **told).sample.float()
+        self.taught_features.take()
+        return output
+
+    @torch.no_grad()
+    def answer(self, noisy: Tensor, timesteps: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """What the denoiser with the averaged weights makes of them, float32."""
+        return self.averaged(noisy, timesteps, **told).sample
+
+    @torch.no_grad()
+    def scale_output(self, layer: str, scale: float) -> None:
+        """Multiply what the denoiser with the averaged weights answers; ``layer`` makes its output."""
+        torch._foreach_mul_(list(self.averaged.get_submodule(layer).parameters()), scale)
 
     @torch.no_grad()
     def _join(self, taught: Taught) -> None:

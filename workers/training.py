@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from workers import checkpoint, conditioning, data, dense_error
-from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Progress, RunFailed, SearchSpace, derive_seed
+from workers import checkpoint, conditioning, data, dense_error, families
+from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Interval, Progress, RunFailed, SearchSpace, derive_seed
 from workers.cost import CostTable
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator
 from workers.elastic import ElasticDenoiser
@@ -26,6 +26,10 @@ from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.trainer import Batch, Trainer
 
+LEAST_IMAGES = 256
+"""Behind the scale of an expert's output; as many as eight steps take, if those are more."""
+MOST_SCALE = 1.25
+"""It is bounded by this, and by its inverse."""
 SHIFT = 0.3
 """How far the sites of a random sub-network lie from its overall size, at most, as a part of their choices."""
 
@@ -131,8 +135,9 @@ def fit(
     conditioner.to(device)
     weights = None
     if settings.relative_errors:
-        found = session.agree(_timestep_weights(task, images, conditioner, schedule, teacher, device))
-        weights = torch.tensor(found, device=device)
+        reach, count = task.interval.widened(schedule.num_timesteps), dense_error.IMAGES
+        seen = _looks(task, images, conditioner, schedule, device, reach, count, 16, "weights")
+        weights = torch.tensor(session.agree(_timestep_weights(schedule, teacher, seen)), device=device)
     trainer = Trainer.of(accelerator, elastic, teacher, features, schedule, settings, weights)
 
     step, history, attempts, spent = 0, [], [], 0.0
@@ -166,6 +171,12 @@ def fit(
     while step < settings.steps:
         mean = trainer.step(step, _batch(task, images, conditioner, schedule, step, device, session), networks(step))
         step += 1
+        if step == settings.steps and settings.calibrate:
+            count = max(LEAST_IMAGES, 8 * settings.batch_size)
+            seen = _looks(task, images, conditioner, schedule, device, task.interval, count, 64, "scale")
+            scale = session.agree(output_scale(trainer.taught, trainer.answer, seen))
+            trainer.scale_output(families.family_of_config(families.load_config(task.model)).OUTPUT, scale)
+            about = {**about, "output_scale": round(scale, 6)}
         due = step % settings.checkpoint_every == 0 or step == settings.steps
         if step % every == 0 or due:
             history.append([step, round(float(accelerator.reduce(mean, reduction="mean")), 6)])
@@ -184,32 +195,66 @@ def fit(
     return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, ended, spent + ended - started)
 
 
-def _timestep_weights(
+class Look(NamedTuple):
+    """Noisy samples [n, C, H, W] at timesteps [n], what else the denoiser is told of them, and its target."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    told: dict[str, Tensor]
+    target: Tensor
+
+
+def _looks(
     task: ExpertTask,
     images: Samples,
     conditioner: conditioning.Conditioner,
     schedule: NoiseSchedule,
-    teacher: nn.Module,
     device: torch.device,
-) -> list[float]:
-    """[T]: the inverse of the teacher's denoising error (`dense_error`), measured where an expert's timesteps reach."""
-    interval, chunk = task.interval.widened(schedule.num_timesteps), 16
-    timesteps = [interval.start + (2 * i + 1) * interval.length // (2 * dense_error.IMAGES) for i in range(dense_error.IMAGES)]
-    errors: list[Tensor] = []
-    energies: list[Tensor] = []
-    for i in range(0, len(timesteps), chunk):
-        rows = [task.rows[(j * len(task.rows)) // len(timesteps)] for j in range(i, i + chunk)]
-        gen, t = generator(device, task.seed, "weights", i), torch.tensor(timesteps[i : i + chunk], device=device)
+    interval: Interval,
+    count: int,
+    chunk: int,
+    name: str,
+) -> Iterator[Look]:
+    """``count`` of the training images, one per timestep of an even grid over ``interval``, in chunks; always the same ones."""
+    timesteps = [interval.start + (2 * i + 1) * interval.length // (2 * count) for i in range(count)]
+    for i in range(0, count, chunk):
+        rows = [task.rows[(j * len(task.rows)) // count] for j in range(i, min(i + chunk, count))]
+        gen, t = generator(device, task.seed, name, i), torch.tensor(timesteps[i : i + chunk], device=device)
         clean = images.clean(rows, device)
         noise = torch.randn(clean.shape, generator=gen, device=device)
         labels = None if conditioner.classes.argument is None else images.labels_of(rows).to(device)
+        yield Look(schedule.noised(clean, noise, t), t, conditioner(labels), schedule.target(clean, noise, t))
+
+
+def _timestep_weights(schedule: NoiseSchedule, teacher: nn.Module, looks: Iterable[Look]) -> list[float]:
+    """[T]: the inverse of the teacher's denoising error (`dense_error`), measured where an expert's timesteps reach."""
+    timesteps: list[int] = []
+    errors: list[Tensor] = []
+    energies: list[Tensor] = []
+    for noisy, t, told, target in looks:
         with torch.no_grad():
-            output = teacher(schedule.noised(clean, noise, t), t, **conditioner(labels)).sample
-        target = schedule.target(clean, noise, t)
+            output = teacher(noisy, t, **told).sample
+        timesteps += t.tolist()
         errors.append((output - target).square().flatten(1).mean(1))
         energies.append(target.square().mean())
     energy = float(torch.stack(energies).mean())
     return (1 / dense_error.DenseError.fit(schedule, timesteps, torch.cat(errors).tolist(), energy)()).tolist()
+
+
+Answer = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+"""Noisy samples [n, C, H, W], timesteps [n] and what else is told -> what a denoiser makes of them."""
+
+
+def output_scale(teacher: Answer, student: Answer, looks: Iterable[Look]) -> float:
+    """By what a student's outputs are to be multiplied so that they rise with the teacher's one to one.
+
+    What least squares learn is too faint: of what a smaller network cannot tell, it answers the mean. Sampling adds that up.
+    """
+    energy, inner = 0.0, 0.0
+    for noisy, t, told, _ in looks:
+        taught, mine = teacher(noisy, t, told).double(), student(noisy, t, told).double()
+        energy, inner = energy + float(taught.square().sum()), inner + float((taught * mine).sum())
+    return min(MOST_SCALE, max(1 / MOST_SCALE, energy / inner)) if inner > 0 else 1.0
 
 
 def _batch(

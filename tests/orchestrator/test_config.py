@@ -383,7 +383,7 @@ def test_a_file_that_extends_itself_is_refused(write):
 @pytest.mark.parametrize(
     ("section", "extra", "settings"),
     [
-        (Training, set(), TrainSettings),
+        (Finetune, {"compare"}, TrainSettings),
         (Router, {"agents", "seeds", "influence_samples", "proxy_steps"}, RouteSettings),
         (Elastic, set(), ElasticSettings),
     ],
@@ -401,7 +401,9 @@ def test_workers_get_the_values_of_the_job():
         (config.elastic, config.elastic_settings()),
     ):
         for name, value in dataclasses.asdict(settings).items():
-            assert value == getattr(section, name), name
+            assert value == getattr(section, name, False), name
+    assert config.finetune.settings().calibrate
+    assert not config.specialize.settings().calibrate
 
 
 @pytest.mark.parametrize("section", [Specialize, Finetune])
