@@ -37,7 +37,7 @@ def driver(prepared: Any, inline: bool) -> Iterator[tuple[Any, Callable[[], Any]
         view.update(event)
         curves.update(event)
 
-    # of a cluster's job, and of a run on an object store, `status` tells elsewhere how it ended
+    # of a cluster's job, and of a run on an object store, `status` tells others how it ended: that stays
     watched = "RAY_ADDRESS" in os.environ or prepared.store.mirror is not None
     refusing = prepared.store.refusing() if new and not watched else contextlib.nullcontext()
     with prepared.store.lock(), refusing, view, contextlib.closing(curves):

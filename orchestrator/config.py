@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,7 +148,7 @@ class Training(Section):
         return "no" if value is False else value
 
     def settings(self) -> TrainSettings:
-        return TrainSettings(**self.model_dump(include=set(Training.model_fields)))
+        return TrainSettings(**self.model_dump(include={field.name for field in fields(TrainSettings)}))
 
 
 class Specialize(Training):
@@ -173,13 +173,10 @@ class Specialize(Training):
 class Finetune(Training):
     steps: int = Field(2000, ge=1, description="Optimiser steps per small expert.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
-    calibrate: bool = Field(
+    scale_output: bool = Field(
         True, description="At the end an expert's output is scaled so that it rises with dense's one to one: what is learned is too faint."
     )
     compare: list[str] = Field(["uniform"], description="Agents whose plans are fine-tuned too, each as a row beside the mixture's.")
-
-    def settings(self) -> TrainSettings:
-        return replace(super().settings(), calibrate=self.calibrate)
 
 
 class Router(Section):

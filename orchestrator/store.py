@@ -10,7 +10,7 @@
                      tensorboard/                 curves of every expert, a folder each
                      progress.json                what is at work now, or how it ended
                      report.html, figures/        written by publish
-Folders carry their fingerprint, so settings may change and change back: nothing is overwritten and nothing is deleted.
+Folders carry their fingerprint, so settings may change and change back: nothing is overwritten, and nothing that was made is deleted.
 
 On an object store, which knows no folders, renames or locks, the same names are objects, and this machine works in a mirror of them
 (`workers.mirror`). The lock is a lease (`lease`), the folder is claimed by writing run.json if it is not there, and setting aside is
@@ -280,7 +280,7 @@ class RunStore:
             yield
         except InputError:
             made = (path.relative_to(self.folder).parts for path in self.folder.rglob("*") if not path.is_dir())
-            if all(parts[0] in ("run.json", "job.json", "progress.json", ".lock", "tensorboard") for parts in made):
+            if all(parts in (("run.json",), ("job.json",), ("progress.json",), ("ray.log",), (".lock",)) for parts in made):
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 

@@ -296,7 +296,8 @@ class LatencyTask(Record):
 @dataclass(frozen=True)
 class TrainSettings(Record):
     """One expert's training, as ``specialize`` and ``finetune`` of a job file say it. ``relative_errors``: one counts as a part of the
-    teacher's at its timestep. ``calibrate``: at the end the averaged network's output is scaled to the teacher's."""
+    teacher's at its timestep. ``scale_output``: at the end the averaged network's
+    output is scaled so that it rises with the teacher's one to one."""
 
     steps: int
     batch_size: int
@@ -314,7 +315,7 @@ class TrainSettings(Record):
     cuda_graphs: bool = True
     relative_errors: bool = False
     optimizer: str = "muon"
-    calibrate: bool = False
+    scale_output: bool = False
 
 
 @dataclass(frozen=True)

@@ -261,17 +261,22 @@ class Trainer:
         return noisy.to(dtype), {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
 
     @torch.no_grad()
-    def taught(self, noisy: Tensor, timesteps: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """What the teacher makes of noisy samples [n, C, H, W], float32."""
-        noisy, told = self._rounded(noisy, told)
-        output = self.teacher(noisy, timesteps, **told).sample.float()
-        self.taught_features.take()
-        return output
+    def finished(self) -> Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]]:
+        """What the teacher, and the denoiser with the averaged weights, make of noisy samples [n, C, H, W] in the precision of the steps;
+        float32. For after the last step: the copy that computed them takes over the averaged weights."""
+        student: nn.Module = self.averaged
+        if self.running is not self.model:  # rounding makes a network a little fainter, so both are to be rounded
+            torch._foreach_copy_(list(self.running.parameters()), list(self.averaged.parameters()))
+            student = self.running.model
 
-    @torch.no_grad()
-    def answer(self, noisy: Tensor, timesteps: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """What the denoiser with the averaged weights makes of them, float32."""
-        return self.averaged(noisy, timesteps, **told).sample
+        @torch.no_grad()
+        def answers(noisy: Tensor, timesteps: Tensor, told: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            noisy, told = self._rounded(noisy, told)
+            found = [network(noisy, timesteps, **told).sample.float() for network in (self.teacher, student)]
+            self.taught_features.take(), self.features.take()
+            return found[0], found[1]
+
+        return answers
 
     @torch.no_grad()
     def scale_output(self, layer: str, scale: float) -> None:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from workers import checkpoint, conditioning, data, dense_error, families
+from workers import checkpoint, conditioning, data, dense_error
 from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Interval, Progress, RunFailed, SearchSpace, derive_seed
 from workers.cost import CostTable
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator
@@ -26,8 +26,8 @@ from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.trainer import Batch, Trainer
 
-LEAST_IMAGES = 256
-"""Behind the scale of an expert's output; as many as eight steps take, if those are more."""
+LEAST_IMAGES, SCALE_STEPS = 64, 4
+"""Behind the scale of an expert's output: as many images as so many steps take, or at least so many."""
 MOST_SCALE = 1.25
 """It is bounded by this, and by its inverse."""
 SHIFT = 0.3
@@ -118,11 +118,12 @@ def fit(
     task: ExpertTask,
     networks: Networks,
     about: dict[str, Any],
+    output: str,
 ) -> ExpertCheckpoint:
     """Train ``elastic`` for ``task.train.steps`` steps, from the session's last checkpoint if it has one.
 
     ``about`` goes into every checkpoint's description, and so do the ``attempts``: from which step each began, and when; and in ``seconds``
-    how long all of them took.
+    how long all of them took. ``output``: the layer that makes the denoiser's output.
     Raises: RunFailed if the loss is not finite.
     """
     started, settings = time.time(), task.train
@@ -135,9 +136,9 @@ def fit(
     conditioner.to(device)
     weights = None
     if settings.relative_errors:
-        reach, count = task.interval.widened(schedule.num_timesteps), dense_error.IMAGES
-        seen = _looks(task, images, conditioner, schedule, device, reach, count, 16, "weights")
-        weights = torch.tensor(session.agree(_timestep_weights(schedule, teacher, seen)), device=device)
+        reach = task.interval.widened(schedule.num_timesteps)
+        looks = _looks(task, images, conditioner, schedule, device, interval=reach, count=dense_error.IMAGES, chunk=16, name="weights")
+        weights = torch.tensor(session.agree(_timestep_weights(schedule, teacher, looks)), device=device)
     trainer = Trainer.of(accelerator, elastic, teacher, features, schedule, settings, weights)
 
     step, history, attempts, spent = 0, [], [], 0.0
@@ -171,11 +172,21 @@ def fit(
     while step < settings.steps:
         mean = trainer.step(step, _batch(task, images, conditioner, schedule, step, device, session), networks(step))
         step += 1
-        if step == settings.steps and settings.calibrate:
-            count = max(LEAST_IMAGES, 8 * settings.batch_size)
-            seen = _looks(task, images, conditioner, schedule, device, task.interval, count, 64, "scale")
-            scale = session.agree(output_scale(trainer.taught, trainer.answer, seen))
-            trainer.scale_output(families.family_of_config(families.load_config(task.model)).OUTPUT, scale)
+        if step == settings.steps and settings.scale_output:
+            trainer.release()
+            looks = _looks(
+                task,
+                images,
+                conditioner,
+                schedule,
+                device,
+                interval=task.interval,
+                count=max(LEAST_IMAGES, SCALE_STEPS * settings.batch_size),
+                chunk=max(1, min(64, settings.batch_size // session.world_size)),
+                name="scale",
+            )
+            scale = session.agree(output_scale(trainer.finished(), looks))
+            trainer.scale_output(output, scale)
             about = {**about, "output_scale": round(scale, 6)}
         due = step % settings.checkpoint_every == 0 or step == settings.steps
         if step % every == 0 or due:
@@ -196,12 +207,13 @@ def fit(
 
 
 class Look(NamedTuple):
-    """Noisy samples [n, C, H, W] at timesteps [n], what else the denoiser is told of them, and its target."""
+    """Noisy samples [n, C, H, W] at timesteps [n], what else is told of them, the target, and how much an output counts in them [n]."""
 
     noisy: Tensor
     timesteps: Tensor
     told: dict[str, Tensor]
     target: Tensor
+    counts: Tensor
 
 
 def _looks(
@@ -210,6 +222,7 @@ def _looks(
     conditioner: conditioning.Conditioner,
     schedule: NoiseSchedule,
     device: torch.device,
+    *,
     interval: Interval,
     count: int,
     chunk: int,
@@ -223,7 +236,8 @@ def _looks(
         clean = images.clean(rows, device)
         noise = torch.randn(clean.shape, generator=gen, device=device)
         labels = None if conditioner.classes.argument is None else images.labels_of(rows).to(device)
-        yield Look(schedule.noised(clean, noise, t), t, conditioner(labels), schedule.target(clean, noise, t))
+        target = schedule.target(clean, noise, t)
+        yield Look(schedule.noised(clean, noise, t), t, conditioner(labels), target, schedule.weight_of_output(t))
 
 
 def _timestep_weights(schedule: NoiseSchedule, teacher: nn.Module, looks: Iterable[Look]) -> list[float]:
@@ -231,29 +245,28 @@ def _timestep_weights(schedule: NoiseSchedule, teacher: nn.Module, looks: Iterab
     timesteps: list[int] = []
     errors: list[Tensor] = []
     energies: list[Tensor] = []
-    for noisy, t, told, target in looks:
+    for look in looks:
         with torch.no_grad():
-            output = teacher(noisy, t, **told).sample
-        timesteps += t.tolist()
-        errors.append((output - target).square().flatten(1).mean(1))
-        energies.append(target.square().mean())
+            output = teacher(look.noisy, look.timesteps, **look.told).sample
+        timesteps += look.timesteps.tolist()
+        errors.append((output - look.target).square().flatten(1).mean(1))
+        energies.append(look.target.square().mean())
     energy = float(torch.stack(energies).mean())
     return (1 / dense_error.DenseError.fit(schedule, timesteps, torch.cat(errors).tolist(), energy)()).tolist()
 
 
-Answer = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
-"""Noisy samples [n, C, H, W], timesteps [n] and what else is told -> what a denoiser makes of them."""
+def output_scale(answers: Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]], looks: Iterable[Look]) -> float:
+    """By what a student's outputs s are to be multiplied so that they rise with the teacher's T one to one: <T, T> / <s, T>.
 
-
-def output_scale(teacher: Answer, student: Answer, looks: Iterable[Look]) -> float:
-    """By what a student's outputs are to be multiplied so that they rise with the teacher's one to one.
-
-    What least squares learn is too faint: of what a smaller network cannot tell, it answers the mean. Sampling adds that up.
+    What least squares learn is too faint: of what a smaller network cannot tell, it answers the mean, and sampling adds that up. The
+    squared error rises a little. Noise counts as it is in the noisy samples: near the clean end, where most is missed, it hardly does.
+    ``answers``: noisy samples [n, C, H, W], timesteps [n] and what else is told -> (T, s).
     """
     energy, inner = 0.0, 0.0
-    for noisy, t, told, _ in looks:
-        taught, mine = teacher(noisy, t, told).double(), student(noisy, t, told).double()
-        energy, inner = energy + float(taught.square().sum()), inner + float((taught * mine).sum())
+    for look in looks:
+        taught, mine = (answer.double() for answer in answers(look.noisy, look.timesteps, look.told))
+        counts = look.counts.double().view(-1, *[1] * (taught.dim() - 1))
+        energy, inner = energy + float((counts * taught.square()).sum()), inner + float((counts * taught * mine).sum())
     return min(MOST_SCALE, max(1 / MOST_SCALE, energy / inner)) if inner > 0 else 1.0
 
 
