@@ -173,21 +173,10 @@ def fit(
         mean = trainer.step(step, _batch(task, images, conditioner, schedule, step, device, session), networks(step))
         step += 1
         if step == settings.steps and settings.scale_output:
-            trainer.release()
-            looks = _looks(
-                task,
-                images,
-                conditioner,
-                schedule,
-                device,
-                interval=task.interval,
-                count=max(LEAST_IMAGES, SCALE_STEPS * settings.batch_size),
-                chunk=max(1, min(64, settings.batch_size // session.world_size)),
-                name="scale",
-            )
-            scale = session.agree(output_scale(trainer.finished(), looks))
-            trainer.scale_output(output, scale)
+            scale = _scale(task, images, conditioner, schedule, trainer, output, session)
             about = {**about, "output_scale": round(scale, 6)}
+            if scale == MOST_SCALE:
+                report(step, f"its output is scaled by {scale:g}, the most that is allowed: the plan leaves this expert too little")
         due = step % settings.checkpoint_every == 0 or step == settings.steps
         if step % every == 0 or due:
             history.append([step, round(float(accelerator.reduce(mean, reduction="mean")), 6)])
@@ -268,6 +257,34 @@ def output_scale(answers: Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Te
         counts = look.counts.double().view(-1, *[1] * (taught.dim() - 1))
         energy, inner = energy + float((counts * taught.square()).sum()), inner + float((counts * taught * mine).sum())
     return min(MOST_SCALE, max(1 / MOST_SCALE, energy / inner)) if inner > 0 else 1.0
+
+
+def _scale(
+    task: ExpertTask,
+    images: Samples,
+    conditioner: conditioning.Conditioner,
+    schedule: NoiseSchedule,
+    trainer: Trainer,
+    output: str,
+    session: Session,
+) -> float:
+    """After the last step: scale what the layer ``output`` of the averaged network makes; returns by what."""
+    settings = task.train
+    trainer.release()
+    looks = _looks(
+        task,
+        images,
+        conditioner,
+        schedule,
+        trainer.accelerator.device,
+        interval=task.interval,
+        count=max(LEAST_IMAGES, SCALE_STEPS * settings.batch_size),
+        chunk=max(1, min(64, settings.batch_size // session.world_size)),
+        name="scale",
+    )
+    scale = session.agree(output_scale(trainer.finished(), looks))
+    trainer.scale_output(output, scale)
+    return scale
 
 
 def _batch(
