@@ -174,7 +174,8 @@ class Finetune(Training):
     steps: int = Field(2000, ge=1, description="Optimiser steps per small expert.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
     scale_output: bool = Field(
-        True, description="At the end an expert's output is scaled so that it rises with dense's one to one: what is learned is too faint."
+        False,
+        description="At the end an expert's output is scaled so that it rises with dense's one to one, since what is learned is too faint.",
     )
     compare: list[str] = Field(["uniform"], description="Agents whose plans are fine-tuned too, each as a row beside the mixture's.")
 

@@ -403,7 +403,7 @@ def test_workers_get_the_values_of_the_job():
         for name, value in dataclasses.asdict(settings).items():
             if (section, name) != (config.specialize, "scale_output"):  # an elastic expert is no single network
                 assert value == getattr(section, name), name
-    assert config.finetune.settings().scale_output
+    assert load_job("quickstart", ["finetune.scale_output=true"]).finetune.settings().scale_output
     assert not config.specialize.settings().scale_output
 
 
