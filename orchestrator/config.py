@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,7 +147,7 @@ class Training(Section):
         return "no" if value is False else value
 
     def settings(self) -> TrainSettings:
-        return TrainSettings(**self.model_dump(include={field.name for field in fields(TrainSettings)}))
+        return TrainSettings(**self.model_dump(include=set(Training.model_fields)))
 
 
 class Specialize(Training):
@@ -173,10 +172,6 @@ class Specialize(Training):
 class Finetune(Training):
     steps: int = Field(2000, ge=1, description="Optimiser steps per small expert.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak of the schedule: linear warm-up, then a cosine to zero.")
-    scale_output: bool = Field(
-        False,
-        description="At the end an expert's output is scaled so that it rises with dense's one to one, since what is learned is too faint.",
-    )
     compare: list[str] = Field(["uniform"], description="Agents whose plans are fine-tuned too, each as a row beside the mixture's.")
 
 

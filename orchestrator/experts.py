@@ -32,7 +32,7 @@ from workers.contracts import (
 )
 from workers.cost import cost_table
 
-VERSION = 4
+VERSION = 3
 """Of the stage finetune: grows with what a small expert's training means."""
 FOLDER, RECORD = "train", "expert.json"
 NOT_TOLD = ("model", "images", "rows", "source", "label")

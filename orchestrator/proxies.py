@@ -20,7 +20,7 @@ from workers import tasks_route
 from workers.contracts import Budget, MixturePlan, RouteTask, digest_of
 from workers.trials import InfluenceTask, ProxyTask
 
-VERSION = 3
+VERSION = 2
 """Grows with the meaning of a distance."""
 
 

@@ -296,8 +296,7 @@ class LatencyTask(Record):
 @dataclass(frozen=True)
 class TrainSettings(Record):
     """One expert's training, as ``specialize`` and ``finetune`` of a job file say it. ``relative_errors``: one counts as a part of the
-    teacher's at its timestep. ``scale_output``: at the end the averaged network's
-    output is scaled so that it rises with the teacher's one to one."""
+    teacher's at its timestep."""
 
     steps: int
     batch_size: int
@@ -315,7 +314,6 @@ class TrainSettings(Record):
     cuda_graphs: bool = True
     relative_errors: bool = False
     optimizer: str = "muon"
-    scale_output: bool = False
 
 
 @dataclass(frozen=True)

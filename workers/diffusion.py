@@ -77,12 +77,6 @@ class NoiseSchedule:
             return clean
         return self.scheduler.get_velocity(clean, noise, timesteps)
 
-    def weight_of_output(self, timesteps: Tensor) -> Tensor:
-        """What a squared unit of output is in the noisy sample [n]: eps and v stand in it times the root of 1 - abar, x_0 near enough as
-        it is."""
-        abar = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-        return torch.ones_like(abar) if self.prediction_type == "sample" else 1 - abar
-
     def log_snr(self, timesteps: Sequence[int]) -> np.ndarray:
         """log(abar / (1 - abar)) at the given timesteps; zero terminal SNR counts as abar = 2^-24, as in diffusers' samplers."""
         abar = self.scheduler.alphas_cumprod.double().cpu().numpy()[np.asarray(timesteps)].clip(min=2**-24)

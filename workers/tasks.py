@@ -163,7 +163,7 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
         small = extract(elastic.model, elastic.branches, item.spec).requires_grad_(True)
         names = teachable(names, item.spec)
         about = {"spec": item.spec.to_json()}
-        return fit(session, ElasticDenoiser(small, ()), teacher, names, schedule, item, WHOLE, about, family.OUTPUT)
+        return fit(session, ElasticDenoiser(small, ()), teacher, names, schedule, item, WHOLE, about)
 
     model = families.load_denoiser(item.model)
     branches = family.sites(model, item.elastic)
@@ -175,7 +175,7 @@ def train_expert(session: Session, item: ExpertTask) -> ExpertCheckpoint:
         reorder(model, branches, orders)
     elastic = ElasticDenoiser(model, branches)  # in eval mode: distillation wants no dropout
     networks = sandwich(cost_table(config, item.elastic), item.network_costs, item.random_networks, item.seed, item.network_pool)
-    return fit(session, elastic, teacher, names, schedule, item, networks, {"orders": orders}, family.OUTPUT)
+    return fit(session, elastic, teacher, names, schedule, item, networks, {"orders": orders})
 
 
 def _importance(

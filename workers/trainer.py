@@ -248,40 +248,13 @@ class Trainer:
         self.optimizer.release()
 
     def _teach(self, batch: Batch) -> Lesson:
+        dtype = DTYPES[self.settings.mixed_precision]
         clean, timesteps, noise, told = batch
-        target = self.schedule.target(clean, noise, timesteps)
-        noisy, told = self._rounded(self.schedule.noised(clean, noise, timesteps), told)
+        noisy, target = self.schedule.noised(clean, noise, timesteps).to(dtype), self.schedule.target(clean, noise, timesteps)
+        told = {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
         with torch.no_grad():
             taught = Taught.of(self.teacher(noisy, timesteps, **told).sample, self.taught_features.take())
         return Lesson(noisy, timesteps, told, target, taught)
-
-    def _rounded(self, noisy: Tensor, told: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """In the precision of the steps."""
-        dtype = DTYPES[self.settings.mixed_precision]
-        return noisy.to(dtype), {name: value.to(dtype) if value.is_floating_point() else value for name, value in told.items()}
-
-    @torch.no_grad()
-    def finished(self) -> Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]]:
-        """What the teacher, and the denoiser with the averaged weights, make of noisy samples [n, C, H, W] in the precision of the steps;
-        float32. For after the last step: the copy that computed them takes over the averaged weights."""
-        student: nn.Module = self.averaged
-        if self.running is not self.model:  # rounding makes a network a little fainter, so both are to be rounded
-            torch._foreach_copy_(list(self.running.parameters()), list(self.averaged.parameters()))
-            student = self.running.model
-
-        @torch.no_grad()
-        def answers(noisy: Tensor, timesteps: Tensor, told: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            noisy, told = self._rounded(noisy, told)
-            found = [network(noisy, timesteps, **told).sample.float() for network in (self.teacher, student)]
-            self.taught_features.take(), self.features.take()
-            return found[0], found[1]
-
-        return answers
-
-    @torch.no_grad()
-    def scale_output(self, layer: str, scale: float) -> None:
-        """Multiply what the denoiser with the averaged weights answers; ``layer`` makes its output."""
-        torch._foreach_mul_(list(self.averaged.get_submodule(layer).parameters()), scale)
 
     @torch.no_grad()
     def _join(self, taught: Taught) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from workers import checkpoint, conditioning, data, dense_error
-from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Interval, Progress, RunFailed, SearchSpace, derive_seed
+from workers.contracts import ArchitectureSpec, ExpertCheckpoint, ExpertTask, Progress, RunFailed, SearchSpace, derive_seed
 from workers.cost import CostTable
 from workers.diffusion import NoiseSchedule, draw_timesteps, generator
 from workers.elastic import ElasticDenoiser
@@ -26,10 +26,6 @@ from workers.samples import Samples, open_samples
 from workers.session import Session
 from workers.trainer import Batch, Trainer
 
-LEAST_IMAGES, SCALE_STEPS = 64, 4
-"""Behind the scale of an expert's output: as many images as so many steps take, or at least so many."""
-MOST_SCALE = 1.25
-"""It is bounded by this, and by its inverse."""
 SHIFT = 0.3
 """How far the sites of a random sub-network lie from its overall size, at most, as a part of their choices."""
 
@@ -118,12 +114,11 @@ def fit(
     task: ExpertTask,
     networks: Networks,
     about: dict[str, Any],
-    output: str,
 ) -> ExpertCheckpoint:
     """Train ``elastic`` for ``task.train.steps`` steps, from the session's last checkpoint if it has one.
 
     ``about`` goes into every checkpoint's description, and so do the ``attempts``: from which step each began, and when; and in ``seconds``
-    how long all of them took. ``output``: the layer that makes the denoiser's output.
+    how long all of them took.
     Raises: RunFailed if the loss is not finite.
     """
     started, settings = time.time(), task.train
@@ -136,9 +131,8 @@ def fit(
     conditioner.to(device)
     weights = None
     if settings.relative_errors:
-        reach = task.interval.widened(schedule.num_timesteps)
-        looks = _looks(task, images, conditioner, schedule, device, interval=reach, count=dense_error.IMAGES, chunk=16, name="weights")
-        weights = torch.tensor(session.agree(_timestep_weights(schedule, teacher, looks)), device=device)
+        found = session.agree(_timestep_weights(task, images, conditioner, schedule, teacher, device))
+        weights = torch.tensor(found, device=device)
     trainer = Trainer.of(accelerator, elastic, teacher, features, schedule, settings, weights)
 
     step, history, attempts, spent = 0, [], [], 0.0
@@ -172,11 +166,6 @@ def fit(
     while step < settings.steps:
         mean = trainer.step(step, _batch(task, images, conditioner, schedule, step, device, session), networks(step))
         step += 1
-        if step == settings.steps and settings.scale_output:
-            scale = _scale(task, images, conditioner, schedule, trainer, output, session)
-            about = {**about, "output_scale": round(scale, 6)}
-            if scale == MOST_SCALE:
-                report(step, f"its output is scaled by {scale:g}, the most that is allowed: the plan leaves this expert too little")
         due = step % settings.checkpoint_every == 0 or step == settings.steps
         if step % every == 0 or due:
             history.append([step, round(float(accelerator.reduce(mean, reduction="mean")), 6)])
@@ -195,96 +184,32 @@ def fit(
     return ExpertCheckpoint(task.interval, session.checkpoint_path(step), step, loss, started, ended, spent + ended - started)
 
 
-class Look(NamedTuple):
-    """Noisy samples [n, C, H, W] at timesteps [n], what else is told of them, the target, and how much an output counts in them [n]."""
-
-    noisy: Tensor
-    timesteps: Tensor
-    told: dict[str, Tensor]
-    target: Tensor
-    counts: Tensor
-
-
-def _looks(
+def _timestep_weights(
     task: ExpertTask,
     images: Samples,
     conditioner: conditioning.Conditioner,
     schedule: NoiseSchedule,
+    teacher: nn.Module,
     device: torch.device,
-    *,
-    interval: Interval,
-    count: int,
-    chunk: int,
-    name: str,
-) -> Iterator[Look]:
-    """``count`` of the training images, one per timestep of an even grid over ``interval``, in chunks; always the same ones."""
-    timesteps = [interval.start + (2 * i + 1) * interval.length // (2 * count) for i in range(count)]
-    for i in range(0, count, chunk):
-        rows = [task.rows[(j * len(task.rows)) // count] for j in range(i, min(i + chunk, count))]
-        gen, t = generator(device, task.seed, name, i), torch.tensor(timesteps[i : i + chunk], device=device)
+) -> list[float]:
+    """[T]: the inverse of the teacher's denoising error (`dense_error`), measured where an expert's timesteps reach."""
+    interval, chunk = task.interval.widened(schedule.num_timesteps), 16
+    timesteps = [interval.start + (2 * i + 1) * interval.length // (2 * dense_error.IMAGES) for i in range(dense_error.IMAGES)]
+    errors: list[Tensor] = []
+    energies: list[Tensor] = []
+    for i in range(0, len(timesteps), chunk):
+        rows = [task.rows[(j * len(task.rows)) // len(timesteps)] for j in range(i, i + chunk)]
+        gen, t = generator(device, task.seed, "weights", i), torch.tensor(timesteps[i : i + chunk], device=device)
         clean = images.clean(rows, device)
         noise = torch.randn(clean.shape, generator=gen, device=device)
         labels = None if conditioner.classes.argument is None else images.labels_of(rows).to(device)
-        target = schedule.target(clean, noise, t)
-        yield Look(schedule.noised(clean, noise, t), t, conditioner(labels), target, schedule.weight_of_output(t))
-
-
-def _timestep_weights(schedule: NoiseSchedule, teacher: nn.Module, looks: Iterable[Look]) -> list[float]:
-    """[T]: the inverse of the teacher's denoising error (`dense_error`), measured where an expert's timesteps reach."""
-    timesteps: list[int] = []
-    errors: list[Tensor] = []
-    energies: list[Tensor] = []
-    for look in looks:
         with torch.no_grad():
-            output = teacher(look.noisy, look.timesteps, **look.told).sample
-        timesteps += look.timesteps.tolist()
-        errors.append((output - look.target).square().flatten(1).mean(1))
-        energies.append(look.target.square().mean())
+            output = teacher(schedule.noised(clean, noise, t), t, **conditioner(labels)).sample
+        target = schedule.target(clean, noise, t)
+        errors.append((output - target).square().flatten(1).mean(1))
+        energies.append(target.square().mean())
     energy = float(torch.stack(energies).mean())
     return (1 / dense_error.DenseError.fit(schedule, timesteps, torch.cat(errors).tolist(), energy)()).tolist()
-
-
-def output_scale(answers: Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]], looks: Iterable[Look]) -> float:
-    """By what a student's outputs s are to be multiplied so that they rise with the teacher's T one to one: <T, T> / <s, T>.
-
-    What least squares learn is too faint: of what a smaller network cannot tell, it answers the mean, and sampling adds that up. The
-    squared error rises a little. Noise counts as it is in the noisy samples: near the clean end, where most is missed, it hardly does.
-    ``answers``: noisy samples [n, C, H, W], timesteps [n] and what else is told -> (T, s).
-    """
-    energy, inner = 0.0, 0.0
-    for look in looks:
-        taught, mine = (answer.double() for answer in answers(look.noisy, look.timesteps, look.told))
-        counts = look.counts.double().view(-1, *[1] * (taught.dim() - 1))
-        energy, inner = energy + float((counts * taught.square()).sum()), inner + float((counts * taught * mine).sum())
-    return min(MOST_SCALE, max(1 / MOST_SCALE, energy / inner)) if inner > 0 else 1.0
-
-
-def _scale(
-    task: ExpertTask,
-    images: Samples,
-    conditioner: conditioning.Conditioner,
-    schedule: NoiseSchedule,
-    trainer: Trainer,
-    output: str,
-    session: Session,
-) -> float:
-    """After the last step: scale what the layer ``output`` of the averaged network makes; returns by what."""
-    settings = task.train
-    trainer.release()
-    looks = _looks(
-        task,
-        images,
-        conditioner,
-        schedule,
-        trainer.accelerator.device,
-        interval=task.interval,
-        count=max(LEAST_IMAGES, SCALE_STEPS * settings.batch_size),
-        chunk=max(1, min(64, settings.batch_size // session.world_size)),
-        name="scale",
-    )
-    scale = session.agree(output_scale(trainer.finished(), looks))
-    trainer.scale_output(output, scale)
-    return scale
 
 
 def _batch(

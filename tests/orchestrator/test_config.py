@@ -383,7 +383,7 @@ def test_a_file_that_extends_itself_is_refused(write):
 @pytest.mark.parametrize(
     ("section", "extra", "settings"),
     [
-        (Finetune, {"compare"}, TrainSettings),
+        (Training, set(), TrainSettings),
         (Router, {"agents", "seeds", "influence_samples", "proxy_steps"}, RouteSettings),
         (Elastic, set(), ElasticSettings),
     ],
@@ -401,10 +401,7 @@ def test_workers_get_the_values_of_the_job():
         (config.elastic, config.elastic_settings()),
     ):
         for name, value in dataclasses.asdict(settings).items():
-            if (section, name) != (config.specialize, "scale_output"):  # an elastic expert is no single network
-                assert value == getattr(section, name), name
-    assert load_job("quickstart", ["finetune.scale_output=true"]).finetune.settings().scale_output
-    assert not config.specialize.settings().scale_output
+            assert value == getattr(section, name), name
 
 
 @pytest.mark.parametrize("section", [Specialize, Finetune])

@@ -363,7 +363,6 @@ FIRST_STALE = {
     "export": "publish",
     "finetune": "finetune",
     "finetune.compare": "route",  # its agents have to search
-    "finetune.scale_output": "route",  # so are the experts that plans are compared by
     "evaluate": "publish",
     "resources": None,
 }

@@ -90,10 +90,7 @@ def test_an_expert_learns_in_units_of_the_teachers_error(task, tmp_path):
     images, schedule = open_samples(task.images), NoiseSchedule(families.load_scheduler_config(task.model))
     teacher, nobody = families.load_denoiser(task.model), conditioning.load(task.model)
     wide = dataclasses.replace(task, interval=Interval(0, 1000))
-    looks = training._looks(
-        wide, images, nobody, schedule, torch.device("cpu"), interval=wide.interval, count=dense_error.IMAGES, chunk=16, name="weights"
-    )
-    weights = torch.tensor(training._timestep_weights(schedule, teacher, looks))
+    weights = torch.tensor(training._timestep_weights(wide, images, nobody, schedule, teacher, torch.device("cpu")))
     clean, products = images.clean(range(40), "cpu"), []
     for t in (20, 300, 600):
         noise, at = torch.randn(clean.shape, generator=torch.Generator().manual_seed(t)), torch.full((40,), t)
@@ -102,60 +99,6 @@ def test_an_expert_learns_in_units_of_the_teachers_error(task, tmp_path):
         products.append(float(weights[t] * (error + dense_error.FLOOR)))
     assert all(0.5 < product < 2 for product in products), products
     assert weights[600] > 10 * weights[20]
-
-
-def test_a_faint_output_is_scaled_to_rise_with_the_teachers_one_to_one():
-    """Of two equally strong parts of the teacher a student knows one: least squares answers that one alone, half the teacher's energy."""
-    known, unknown = torch.linalg.qr(torch.randn(48, 2, generator=torch.Generator().manual_seed(0)))[0].T.reshape(2, 1, 3, 4, 4)
-    looks = [training.Look(known, torch.zeros(1), {}, known, torch.ones(1))] * 3
-
-    def scale(taught: Tensor, mine: Tensor) -> float:
-        return training.output_scale(lambda *_: (taught, mine), looks)
-
-    assert scale(known, known) == 1
-    assert scale(known, 0.9 * known) == pytest.approx(1 / 0.9)
-    assert scale(known + 0.3 * unknown, known) == pytest.approx(1.09)
-    assert scale(known + unknown, known) == scale(known, 0.1 * known) == training.MOST_SCALE
-    assert scale(known, 9 * known) == 1 / training.MOST_SCALE
-    assert scale(known, -known) == scale(known, 0 * known) == 1
-
-    clean, noisy = (training.Look(known, torch.zeros(1), {}, known, torch.tensor([share])) for share in (0.25, 0.75))
-    answers = iter([(known, 0.8 * known), (known, known)])
-    assert training.output_scale(lambda *_: next(answers), [clean, noisy]) == pytest.approx(1 / (0.25 * 0.8 + 0.75))
-
-
-def test_scaled_experts_differ_in_their_last_layer_by_the_factor_with_which_they_rise_with_the_teacher(task, tmp_path):
-    wanted = dataclasses.replace(task, train=dataclasses.replace(SETTINGS, scale_output=True))
-    plain = load_file(f"{tasks.train_expert(Session(folder=str(tmp_path / 'plain')), task).path}/state.safetensors")
-    with pytest.raises(Killed):
-        tasks.train_expert(DiesAfter(folder=str(tmp_path / "scaled")), wanted)
-    path = Path(tasks.train_expert(Session(folder=str(tmp_path / "scaled")), wanted).path)
-    scaled, scale = load_file(path / "state.safetensors"), json.loads((path / "checkpoint.json").read_text())["output_scale"]
-    assert scale != 1
-    for name, tensor in plain.items():
-        expected = tensor * scale if name.startswith("ema.conv_out.") else tensor
-        torch.testing.assert_close(scaled[name], expected, rtol=1e-5, atol=0)
-
-    images, schedule = open_samples(task.images), NoiseSchedule(families.load_scheduler_config(task.model))
-    looks = training._looks(
-        task,
-        images,
-        conditioning.load(task.model),
-        schedule,
-        torch.device("cpu"),
-        interval=task.interval,
-        count=training.LEAST_IMAGES,
-        chunk=SETTINGS.batch_size,
-        name="scale",
-    )
-    teacher, student = families.load_denoiser(task.model), families.load_denoiser(task.model)
-    student.load_state_dict({name.removeprefix("ema."): tensor for name, tensor in scaled.items() if name.startswith("ema.")})
-
-    @torch.no_grad()
-    def answers(noisy, t, told):
-        return teacher(noisy, t, **told).sample, student(noisy, t, **told).sample
-
-    assert training.output_scale(answers, looks) == pytest.approx(1, abs=2e-6)
 
 
 def test_six_steps_equal_three_and_resume_and_three(task, tmp_path):
