@@ -215,6 +215,13 @@ class Sampler(Section):
     )
     steps: Count = Field(50, description="Sampling steps.")
     eta: float = Field(0.0, ge=0, le=1, description="Noise that DDIM adds to the samples: none at 0, as much as DDPM at 1.")
+    epsilon_scale: float = Field(
+        1.0,
+        ge=0.9,
+        le=1.1,
+        description="Predicted noise is divided by it, dense's and the published mixtures' (epsilon scaling, arXiv 2308.15321): try 1.001 "
+        "to 1.005. For models that predict noise.",
+    )
     guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of class-conditional samples; 1 is none.")
 
 
@@ -244,7 +251,9 @@ class Evaluate(Section):
     batch_size: Count = Field(16, description="Images per forward pass; changes numbers by rounding only.")
     shards: Count = Field(1, description="Workers that share the evaluation of one model, batch by batch; changes no number.")
     dense: list[str] = Field(
-        [], description="More rows of the dense model: SCHEDULER:STEPS, e.g. ddim:25 or dpmpp:10; what fewer steps give for the same cost."
+        [],
+        description="More rows of the dense model: SCHEDULER:STEPS, e.g. ddim:25 or dpmpp:10; what fewer steps give for the same cost. "
+        "SCHEDULER:STEPS:EPSILON_SCALE divides the noise that it predicts, else it is as it is.",
     )
     frechet_samples: int = Field(0, ge=0, description="Generated images behind the Frechet and kernel distances; 0 leaves them out.")
     extractor: str | None = Field(

@@ -59,18 +59,23 @@ class Row:
 
 
 def job_sampler(job: JobConfig) -> SamplerRef:
-    return SamplerRef(job.sampler.scheduler, job.sampler.steps, job.sampler.eta)
+    return SamplerRef(job.sampler.scheduler, job.sampler.steps, job.sampler.eta, job.sampler.epsilon_scale)
 
 
 def dense_samplers(job: JobConfig) -> list[SamplerRef]:
     """Those of evaluate.dense, without the job's own. Raises: InputError for one that is none."""
     found = []
     for text in job.evaluate.dense:
-        scheduler, _, steps = text.partition(":")
-        if not steps.isdecimal() or not int(steps) or scheduler not in diffusion.SAMPLERS:
+        try:
+            scheduler, steps, *scale = text.split(":")
+            found.append(SamplerRef(scheduler, int(steps), job.sampler.eta if scheduler.startswith("ddim") else 0.0, *map(float, scale)))
+            if scheduler not in diffusion.SAMPLERS or found[-1].steps < 1 or not 0.9 <= found[-1].epsilon_scale <= 1.1:
+                raise ValueError
+        except (ValueError, TypeError):
             known = ", ".join(diffusion.SAMPLERS)
-            raise InputError(f"evaluate.dense: {text!r} is not SCHEDULER:STEPS, e.g. ddim:25; schedulers are {known}")
-        found.append(SamplerRef(scheduler, int(steps), job.sampler.eta if scheduler.startswith("ddim") else 0.0))
+            raise InputError(
+                f"evaluate.dense: {text!r} is not SCHEDULER:STEPS[:EPSILON_SCALE], e.g. ddim:25 or ddim:25:1.002; schedulers are {known}"
+            ) from None
     return [sampler for sampler in found if sampler.name != job_sampler(job).name]
 
 
@@ -188,8 +193,7 @@ def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[
             rows=tuple(int(i) for i in losses[s]),
             noise_seeds=tuple(paired[s]),
             partition=row.partition,
-            scheduler=row.sampler.scheduler,
-            steps=row.sampler.steps,
+            sampler=row.sampler,
             batch_size=settings.batch_size,
             timesteps=partition.grid(families.load_scheduler_config(job.model.path)["num_train_timesteps"], settings.timesteps),
             seed=job.seed,
@@ -197,7 +201,6 @@ def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[
             out=str(file.with_suffix(f".{s}of{count}x{settings.batch_size}.npz")),  # a batch size decides which shard draws what
             timing=job.timing(),
             guidance_scale=job.sampler.guidance_scale,
-            eta=row.sampler.eta,
             dtype=settings.dtype,
             compiled=settings.compile,
             frechet_seeds=tuple(far[s]),
@@ -252,9 +255,14 @@ def check(job: JobConfig, scheduler: dict[str, Any], channels: int, size: int) -
 
     Raises: InputError, before anything is computed.
     """
-    settings = job.evaluate
-    for sampler in dense_samplers(job):
+    settings, predicts = job.evaluate, diffusion.NoiseSchedule(scheduler).prediction_type
+    for sampler in (job_sampler(job), *dense_samplers(job)):
         diffusion.sampler_timesteps(sampler.scheduler, scheduler, sampler.steps)
+        if sampler.epsilon_scale != 1 and predicts != "epsilon":
+            raise InputError(
+                f"sampler.epsilon_scale, or that of a row of evaluate.dense, is {sampler.epsilon_scale:g}, but the model predicts "
+                f"{predicts}, not noise: set it to 1"
+            )
     found = {"evaluate.lpips": "" if settings.lpips is None else evaluate.lpips_digest(settings.lpips)}
     ref = extractor_of(job)
     if ref is None:

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from orchestrator.evidence import Evidence, Measured
 from orchestrator.figures import ALLOCATIONS, AXIS, DASHES, DPI, GREEN, INK, KINDS, MUTED, RED, WIDTH, _dash, _png
 from orchestrator.figures_sweep import COLOURS
-from orchestrator.words import percent
+from orchestrator.words import percent, sampler
 from workers.contracts import METRICS
 
 QUALITIES = {"frechet": "Frechet distance (log)", "paired_mse": "MSE to dense, same noise (log)"}
@@ -50,9 +50,7 @@ def pareto(e: Evidence) -> Figure:
     def point(m: Measured, note: str) -> Point:
         return Point(e.macs_ratio(m), e.time_ratio(m), _number(m.metrics.get(e.quality)), note)
 
-    job = e.prepared.job.sampler
-    dense = [(m.sampler or f"{job.scheduler}:{job.steps}", m) for m in e.distinct if m.plan is None]
-    series = _dense_lines([(sampler, point(m, "")) for sampler, m in dense])
+    series = _dense_lines([(sampler(m.metrics), point(m, "")) for m in e.distinct if m.plan is None])
     others = list(dict.fromkeys(m.kind for m in e.distinct if m.plan and m.kind not in ALLOCATIONS))
     colours = {**dict(zip(others, cycle((GREEN, RED, *COLOURS[4:])), strict=False)), **KINDS}
     allocations = {**ALLOCATIONS, **{kind: f"{kind}, trained alike" for kind in others}}
@@ -78,7 +76,7 @@ def pareto_of_runs(found: Mapping[str, Any]) -> Figure:
             alike.setdefault((row["run"], kind), []).append(point if not kind else point._replace(note=""))
             markers.setdefault(kind, MARKERS[len(markers) % len(MARKERS)])
         else:
-            dense.append((row["sampler"].partition(" ")[0], point))
+            dense.append((row["sampler"], point))
     series = _dense_lines(dense)
     for (run, kind), points in alike.items():
         notes = {**BELOW, "color": colours[run]}
@@ -132,12 +130,12 @@ def _marks(colour: str, marker: str) -> dict[str, Any]:
 
 
 def _dense_lines(rows: Sequence[tuple[str, Point]]) -> list[Series]:
-    """One line per scheduler of (``ddim:25``, point), a point per number of steps. Dense itself is no distance from itself, so a paired
-    error has no such point."""
+    """One line per scheduler, and scale of its noise, of (`words.sampler`, point), a point per number of steps. Dense itself is no distance
+    from itself, so a paired error has no such point."""
     lines: dict[str, list[Point]] = {}
-    for sampler, point in rows:
-        scheduler, _, steps = sampler.partition(":")
-        lines.setdefault(scheduler, []).append(point._replace(note=steps))
+    for drawn_with, point in rows:
+        scheduler, steps, *scale = drawn_with.partition(" ")[0].split(":")
+        lines.setdefault(", noise / ".join([scheduler, *scale]), []).append(point._replace(note=steps))
     style = {"color": INK, "linewidth": 1.2, "marker": "D", "markersize": 4}
     return [
         Series(f"dense, {scheduler} (number: steps)", points, {**style, "linestyle": dash}, ABOVE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.evaluation import job_sampler
 from orchestrator.pipeline import Context
 from orchestrator.registry import Registry, Version
 from workers import families
@@ -16,8 +17,7 @@ from workers.contracts import DenoiserRef, MixtureManifest, Provenance, SamplerR
 
 def item_of(ctx: Context, ref: DenoiserRef) -> tuple[DenoiserRef, str, SamplerRef, tuple[str, ...], str]:
     """What `workers.tasks_evaluate.assemble_mixture` writes a version's files from."""
-    sampler = SamplerRef(ctx.job.sampler.scheduler, ctx.job.sampler.steps, 0.0)
-    return ref, ctx.job.model.path, sampler, tuple(ctx.job.export.rewrites), str(_folder(ctx, ref))
+    return ref, ctx.job.model.path, job_sampler(ctx.job), tuple(ctx.job.export.rewrites), str(_folder(ctx, ref))
 
 
 def publish(ctx: Context, ref: DenoiserRef, metrics: Mapping[str, Any]) -> Version:

@@ -301,6 +301,7 @@ STAGES = (
             "latency",
             "sampler.guidance_scale",
             "sampler.eta",
+            "sampler.epsilon_scale",
             "name",
             "registry",
         ),

@@ -415,8 +415,7 @@ class EvaluateTask(Record):
     noise_seeds: tuple[int, ...]
     """One seed per generated sample, so that neither batch size nor sharding changes a sample."""
     partition: Partition
-    scheduler: str
-    steps: int
+    sampler: SamplerRef
     batch_size: int
     timesteps: tuple[int, ...]
     seed: int
@@ -424,7 +423,6 @@ class EvaluateTask(Record):
     out: str
     timing: Timing
     guidance_scale: float = 1.0
-    eta: float = 0.0
     dtype: str = "float32"
     compiled: bool = False
     """Sampling runs with compiled blocks."""

@@ -127,7 +127,7 @@ def cost_per_step(
     """
     config, timing = families.load_config(task.model), task.timing
     timing.check(device)
-    timesteps = sampler_timesteps(task.scheduler, families.load_scheduler_config(task.model), task.steps)
+    timesteps = sampler_timesteps(task.sampler.scheduler, families.load_scheduler_config(task.model), task.sampler.steps)
     shares = [count / len(timesteps) for count in steps_per_expert(task.partition, timesteps)]
     experts = list(getattr(model, "experts", [model] * len(shares)))
     gmacs = sum(share * count(copy.deepcopy(e).to("meta"), config)[0].macs / 1e9 for share, e in zip(shares, experts, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Surroundings:
             rows = [*range(i, i + count), *([i] * (batch - count) if pad else ())]
             started = time.perf_counter()
             told = None if chosen is None or classes.argument is None else torch.tensor([chosen[j] for j in rows], device=self.device)
-            predict = self.conditioner.guide(model, told, guidance_scale)
+            predict = _scaled(self.conditioner.guide(model, told, guidance_scale), sampler.epsilon_scale)
             noise = [seeds[j] for j in rows]
             stepper = make_sampler(sampler.scheduler, self.scheduler_config)
             images = self.decode(sample(predict, stepper, sampler.steps, noise, shape, self.device, sampler.eta))[:count]
@@ -72,6 +72,10 @@ class Surroundings:
     def decode(self, samples: Tensor) -> Tensor:
         """Samples in the denoiser's scale -> images [n, C, H, W] in [-1, 1]."""
         return (samples if self.first_stage is None else self.first_stage.decode(samples)).clamp(-1, 1)
+
+
+def _scaled(predict: Callable[[Tensor, Any], Tensor], epsilon_scale: float) -> Callable[[Tensor, Any], Tensor]:
+    return predict if epsilon_scale == 1 else lambda x, t: predict(x, t) / epsilon_scale
 
 
 class SamplingDenoiser:
@@ -94,7 +98,9 @@ class SamplingDenoiser:
         if float(t) not in self._timesteps:  # copied once, not at every step of every batch
             self._timesteps[float(t)] = t.to(self.device)
         told = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in told.items()}
-        return UNet2DOutput(sample=network(x.to(self.dtype), self._timesteps[float(t)], **told).sample.float())
+        predicted = network(x.to(self.dtype), self._timesteps[float(t)], **told).sample.float()
+        scale = getattr(self.model, "epsilon_scale", 1)
+        return UNet2DOutput(sample=predicted if scale == 1 else predicted / scale)
 
 
 def write_sample_grid(

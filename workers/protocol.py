@@ -26,11 +26,17 @@ class SamplerRef(Record):
     scheduler: str
     steps: int
     eta: float
+    epsilon_scale: float = 1.0
+    """By which the predicted noise is divided (epsilon scaling, arXiv 2308.15321)."""
 
     @property
     def name(self) -> str:
-        """``ddim:25``, as in the job's evaluate.dense."""
-        return f"{self.scheduler}:{self.steps}"
+        """``ddim:25``, or with scaled noise ``ddim:25:1.002``, as in the job's evaluate.dense."""
+        return f"{self.scheduler}:{self.steps}" + (f":{self.epsilon_scale:g}" if self.epsilon_scale != 1 else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The scale is left out where it is 1: what stands for a row is what it was before there was one."""
+        return {key: value for key, value in super().to_json().items() if (key, value) != ("epsilon_scale", 1)}
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,12 @@ from workers.session import Session
 
 
 def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
-    """The denoiser a reference points to: dense, published, a mixture of fine-tuned experts, or one cut from the pretrained weights."""
+    """The denoiser a reference points to: dense, published, a mixture of fine-tuned experts, or one cut from the pretrained weights.
+
+    All predict unscaled noise: by what it is divided is the sampler's, a published mixture's own scale aside.
+    """
     if ref.folder is not None:
-        return pretrained.load(MixtureDenoiser, Path(ref.folder))
+        return pretrained.load(MixtureDenoiser, Path(ref.folder)).scale_epsilon(1.0)
     if ref.plan is None:
         return families.load_denoiser(model_path)
     config = families.load_config(model_path)
@@ -100,9 +103,9 @@ def evaluate_shard(session: Session, item: EvaluateTask) -> str:
     denoiser = SamplingDenoiser(model, session.device, item.dtype, fused=not item.compiled)
     if item.compiled:
         _compiler().compile(denoiser.model)
-    sampler, batches = SamplerRef(item.scheduler, item.steps, item.eta), []
+    batches: list[tuple[int, float]] = []
     timed = functools.partial(
-        around.draw, denoiser, sampler, shape=shape, batch=item.batch_size, guidance_scale=item.guidance_scale, pad=item.compiled
+        around.draw, denoiser, item.sampler, shape=shape, batch=item.batch_size, guidance_scale=item.guidance_scale, pad=item.compiled
     )
 
     def draw(seeds: Sequence[int]) -> Iterator[Tensor]:
@@ -190,13 +193,13 @@ def _row(session: Session, item: RowTask, dense_ms: float) -> dict[str, Any]:
         **_distances(item, shards),
         **evaluate.speed([shard["batches"] for shard in shards]),
         "drawn": {"batch": task.batch_size, "compiled": task.compiled},
-        "sampler": SamplerRef(task.scheduler, task.steps, task.eta).to_json(),
+        "sampler": task.sampler.to_json(),
         "protocol": item.protocol.told(),
         "timing": task.timing.to_json(),
         "samples": len(samples),
         "drawn_at_once": item.drawn_at_once,
         "commit": item.commit,
-        "calls": len(sampler_timesteps(task.scheduler, families.load_scheduler_config(task.model), task.steps)),
+        "calls": len(sampler_timesteps(task.sampler.scheduler, families.load_scheduler_config(task.model), task.sampler.steps)),
     }
 
 
@@ -257,7 +260,7 @@ def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, SamplerRef,
     """
     ref, model_path, sampler, rewrites, out = item
     mixture: Any = load_reference(ref, model_path)
-    mixture.rewrite(rewrites)
+    mixture.rewrite(rewrites).scale_epsilon(sampler.epsilon_scale)
     try:
         shards.save(mixture, Path(out))
         for part in (first_stage.locate(model_path), Path(model_path) / conditioning.EMBEDDER):

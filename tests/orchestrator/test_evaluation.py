@@ -162,6 +162,28 @@ def test_the_noise_that_a_sampler_adds_is_told(home):
     assert cells(cli_evaluate.text(noisy), "dense ddim:2")["sampler"] == "ddim:2 eta 0.5"
 
 
+def test_scaled_noise_has_rows_of_its_own_beside_the_plain_ones(home, first):
+    """The job's scale is that of its own sampler; rows of evaluate.dense say theirs."""
+    dense = "evaluate.dense=['ddim:4', 'ddim:4:1.01', 'ddim:2']"
+    scaled = table(home, "sampler.epsilon_scale=1.01", dense, f"storage.path={home}/scaled")
+    assert list(scaled["rows"]) == ["dense", "dense ddim:4", "dense ddim:2"], "the job's own is no other"
+    assert [cells(cli_evaluate.text(scaled), label)["sampler"] for label in scaled["rows"]] == ["ddim:4:1.01", "ddim:4", "ddim:2"]
+    for label, plain in (("dense ddim:4", "dense"), ("dense ddim:2", "dense ddim:2")):
+        assert scaled["rows"][label]["frechet"] == first["rows"][plain]["frechet"], label
+    assert scaled["rows"]["dense"]["frechet"] != first["rows"]["dense"]["frechet"]
+    assert scaled["rows"]["dense ddim:4"]["paired_mse"] > 0
+
+
+def test_only_predicted_noise_can_be_scaled(home, tmp_path):
+    pipeline = DDPMPipeline.from_pretrained(home / "model")
+    DDPMPipeline(pipeline.unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "model")
+    for change in ("sampler.epsilon_scale=1.01", "evaluate.dense=['ddim:2:1.01']"):
+        done = command(home, "--set", f"model.path={tmp_path}/model", "--set", f"storage.path={tmp_path}/runs", "--set", change)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert "is 1.01, but the model predicts v_prediction, not noise: set it to 1" in done.stderr
+        assert not (tmp_path / "runs").exists()
+
+
 def test_the_protocol_says_under_what_it_was_measured(first):
     protocol = first["protocol"]
     assert {label: row["protocol"] for label, row in first["rows"].items()} == dict.fromkeys(LABELS, protocol)
@@ -352,7 +374,14 @@ def test_whole_batches_are_shared_out_in_order():
         ("evaluate.reference=no.npz", "evaluate.reference: no such file: "),
         ("evaluate.kid_reference=no/images", "evaluate.kid_reference: no such file or folder: no/images"),
         ("evaluate.kid_reference=no.npz", "evaluate.kid_reference: no such file: "),
-        ("evaluate.dense=[ddim]", "evaluate.dense: 'ddim' is not SCHEDULER:STEPS, e.g. ddim:25; schedulers are ddpm, ddim"),
+        (
+            "evaluate.dense=[ddim]",
+            "evaluate.dense: 'ddim' is not SCHEDULER:STEPS[:EPSILON_SCALE], e.g. ddim:25 or ddim:25:1.002; schedulers are ddpm, ddim",
+        ),
+        ("evaluate.dense=['ddim:2:2']", "evaluate.dense: 'ddim:2:2' is not SCHEDULER:STEPS[:EPSILON_SCALE]"),
+        ("evaluate.dense=['ddim:2:1:1']", "evaluate.dense: 'ddim:2:1:1' is not SCHEDULER:STEPS[:EPSILON_SCALE]"),
+        ("evaluate.dense=['ddim:2:nan']", "evaluate.dense: 'ddim:2:nan' is not SCHEDULER:STEPS[:EPSILON_SCALE]"),
+        ("sampler.epsilon_scale=2", "sampler.epsilon_scale is 2: "),
         ("evaluate.dense=[magic:3]", "evaluate.dense: 'magic:3' is not SCHEDULER:STEPS"),
         ("evaluate.dense=['ddim:0']", "evaluate.dense: 'ddim:0' is not SCHEDULER:STEPS"),
         ("evaluate.dense=['ddim:2','ddim:2']", "evaluate.dense ['ddim:2', 'ddim:2'] names one twice"),

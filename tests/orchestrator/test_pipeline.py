@@ -358,6 +358,7 @@ FIRST_STALE = {
     "sampler": "route",
     "sampler.guidance_scale": "route",
     "sampler.eta": "publish",
+    "sampler.epsilon_scale": "publish",
     "model.random_init": None,
     "latency": "publish",
     "export": "publish",

@@ -28,6 +28,7 @@ from workers.contracts import (
     Interval,
     MixturePlan,
     Partition,
+    SamplerRef,
     SearchSpace,
     SimilarityMatrix,
     SiteReason,
@@ -59,7 +60,8 @@ def plan(budget: Budget, agent: str, partition: Partition, loss: float, choice: 
 def metrics(loss: float, mse: float | None, time: float) -> dict[str, Any]:
     by_timestep = {"timesteps": [100, 500, 900], "denoising_loss_by_timestep": [2 * loss, loss / 2, loss / 2]}
     paired = {"paired_mse": mse or 0.0, "paired_psnr_db": 6.02 - 10 * np.log10(mse) if mse else None, "paired_ssim": 0.9 if mse else 1.0}
-    return {"denoising_loss": loss, "ms_per_step": time, "calls": 20, "relative_time": time / 40, **by_timestep, **paired}
+    drawn = {"sampler": SamplerRef("ddim", 20, 0.0).to_json(), "calls": 20, "relative_time": time / 40}
+    return {"denoising_loss": loss, "ms_per_step": time, **drawn, **by_timestep, **paired}
 
 
 def finished_run(

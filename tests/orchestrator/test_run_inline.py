@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,7 +23,9 @@ from PIL import Image
 
 from orchestrator.cli import main
 from orchestrator.registry import Registry
-from workers.contracts import Interval
+from workers.contracts import Interval, SamplerRef, derive_seed
+from workers.generate import Surroundings
+from workers.mixture import MixtureDenoiser
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["analyze", "partition", "specialize", "route", "finetune", "publish"]
@@ -38,7 +41,7 @@ elastic: {{width_multiple: 32}}
 specialize: {{steps: 2, batch_size: 2, random_networks: 0, importance_images: 2}}
 router: {{images: 4, era_steps: 2, era_batch: 2, trials: 4, influence_samples: 4}}
 budgets: [{{ratio: 0.5}}]
-sampler: {{steps: 4}}
+sampler: {{steps: 4, epsilon_scale: 1.05}}
 finetune: {{steps: 2, batch_size: 2}}
 evaluate: {{images: 2, samples: 2, timesteps: 2, batch_size: 2}}
 latency: {{batch: 2}}
@@ -222,6 +225,17 @@ def test_the_version_drops_into_a_diffusers_pipeline_of_a_new_process(run, emoji
     assert image.tobytes() != Image.open(tmp_path / "image.png").tobytes()  # it was the mixture that drew
 
 
+def test_what_was_measured_is_what_the_version_draws_its_scaled_noise_included(run):
+    """By any sampler that knows nothing of the scale: it is the version's own."""
+    version, [measured] = run.registry / "small" / "1", run.run.glob("evaluation/macs-0.50-??????????.npz")
+    unet, around = MixtureDenoiser.from_pretrained(version), Surroundings.load(version, "cpu")
+    assert unet.config.epsilon_scale == 1.05
+    seeds = [derive_seed(0, "sample", i) for i in range(2)]
+    for scale, alike in ((1.05, True), (1.0, False)):
+        drawn = torch.cat([x for x, _ in around.draw(unet.scale_epsilon(scale), SamplerRef("ddim", 4, 0.0), seeds, (3, 32, 32), 2)])
+        assert torch.allclose(drawn, torch.from_numpy(np.load(measured)["samples"]), atol=1e-4) == alike
+
+
 # --- looking at it ----------------------------------------------------------------------------------------------------
 
 
@@ -396,7 +410,7 @@ def test_one_more_row_of_dense_is_no_new_version_and_no_table_loses_the_mixtures
     assert list(evaluated(run, "--set", "evaluate.dense=[ddim:3]", "--only", "dense ddim:3")) == ["dense", "dense ddim:3"]
     found = json.loads(diffpruning("results", run.run, "--json").stdout)
     rows = {(row["label"], row["sampler"]): row for row in found["rows"]}
-    mixtures = {(label, "ddim:4") for label in metrics}
+    mixtures = {(label, "ddim:4:1.05") for label in metrics}
     assert set(rows) == {*mixtures, ("dense", "ddim:2"), ("dense", "ddim:3")}
     assert found["runs"][0]["left_out"] == []
 

@@ -53,7 +53,7 @@ EXAMPLES: list[Record] = [
     contracts.DenoiserRef("small", PLAN, (EXPERT,) * 3),
     contracts.EvaluateTask(
         contracts.DenoiserRef("dense"),
-        *("model", "cache", (0,), (1, 2), PARTITION, "ddim", 5, 2, (100, 500), 0, "cpu", "out.npz"),
+        *("model", "cache", (0,), (1, 2), PARTITION, contracts.SamplerRef("ddim", 5, 0.0, 1.002), 2, (100, 500), 0, "cpu", "out.npz"),
         contracts.Timing(2, "float32", False),
     ),
     REASON,

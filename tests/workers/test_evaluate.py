@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,8 +60,7 @@ def task(emoji, emoji_images, tmp_path_factory) -> EvaluateTask:
         rows=tuple(range(8)),
         noise_seeds=tuple(range(8)),
         partition=Partition.from_boundaries([500], 1000),
-        scheduler="ddim",
-        steps=3,
+        sampler=SamplerRef("ddim", 3, 0.0),
         batch_size=8,
         timesteps=(100, 700),
         seed=0,
@@ -130,7 +130,9 @@ def test_four_shards_equal_one_bit_for_bit(with_features, tmp_path):
 def test_a_row_of_the_dense_model_under_another_sampler_costs_no_second_measurement(task, tmp_path, monkeypatch):
     dense = row((dataclasses.replace(task, out=str(tmp_path / "s.npz")),), tmp_path / "dense.json")
     monkeypatch.setattr(evaluate, "cost_per_step", lambda *_, **__: pytest.fail("measured again"))
-    fewer = dataclasses.replace(task, denoiser=DenoiserRef("dense ddim:2"), steps=2, rows=(), out=str(tmp_path / "t.npz"))
+    fewer = dataclasses.replace(
+        task, denoiser=DenoiserRef("dense ddim:2"), sampler=SamplerRef("ddim", 2, 0.0), rows=(), out=str(tmp_path / "t.npz")
+    )
     found = row((fewer,), tmp_path / "fewer.json", dense=str(tmp_path / "dense.json"), same_network=True)
     for key in ("ms_per_step", "gmacs_per_step", "denoising_loss", "timesteps"):
         assert found[key] == dense[key]
@@ -197,8 +199,7 @@ def tiny(tmp_path_factory) -> EvaluateTask:
         (),
         (1, 2, 3),
         cuts,
-        "ddim",
-        3,
+        SamplerRef("ddim", 3, 0.0),
         2,
         (),
         0,
@@ -230,12 +231,23 @@ def test_a_mixture_samples_as_when_a_pipeline_calls_it(tiny):
     ).space
     torch.manual_seed(0)
     mixture = MixtureDenoiser.of(config, [500], (space.narrowest, space.dense)).eval()
-    around, sampler = Surroundings.load(tiny.model, "cpu"), SamplerRef("ddim", 4, 0.0)
-    found = [
-        torch.cat([x for x, _ in around.draw(model, sampler, [1, 2], (3, 16, 16), 2)])
-        for model in (mixture, SamplingDenoiser(mixture, "cpu"))
-    ]
-    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+    around = Surroundings.load(tiny.model, "cpu")
+
+    def drawn(model: Any, epsilon_scale: float = 1.0) -> torch.Tensor:
+        sampler = SamplerRef("ddim", 4, 0.0, epsilon_scale)
+        return torch.cat([x for x, _ in around.draw(model, sampler, [1, 2], (3, 16, 16), 2)])
+
+    plain = drawn(mixture)
+    torch.testing.assert_close(drawn(SamplingDenoiser(mixture, "cpu")), plain, atol=0, rtol=0)
+    scaled = drawn(SamplingDenoiser(mixture, "cpu"), 1.25)
+    assert (scaled - plain).abs().max() > 0.01
+    for model in (mixture.scale_epsilon(1.25), SamplingDenoiser(mixture, "cpu")):
+        torch.testing.assert_close(drawn(model), scaled, atol=0, rtol=0)
+    with torch.no_grad():  # of one whose last layers are weaker
+        for expert in mixture.scale_epsilon(1.0).experts:
+            expert.conv_out.weight /= 1.25
+            expert.conv_out.bias /= 1.25
+    torch.testing.assert_close(drawn(mixture), scaled, atol=1e-5, rtol=0)
 
 
 def test_what_fills_the_last_batch_up_is_thrown_away(task, emoji):
