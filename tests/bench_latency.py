@@ -157,7 +157,7 @@ def main() -> None:
             weights=weights,
             compiler=compiler if options.compile else None,
             graphs=Graphs() if options.cuda_graphs else None,
-            clock=latency.CudaClock() if options.device.startswith("cuda") else latency.CpuClock(),
+            clock=latency.clock_of(options.device),
             visits=options.visits,
             seed=0,
             on_step=progress,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from workers.cost import count
 from workers.diffusion import NoiseSchedule, generator, sampler_timesteps, steps_per_expert
 from workers.fused import fuse
 from workers.graphs import Graphs
+from workers.latency import clock_of, time_ms
 from workers.regional import RegionCompiler
 
 LOSSES = ("denoising_loss", "denoising_loss_by_timestep", "timesteps")
@@ -120,10 +120,10 @@ def cost_per_step(
 ) -> dict[str, float]:
     """What one denoising step costs with this very model, weighted by the steps that each expert serves; nothing else may be running.
 
-    ``ms_per_step``: time of a batch of ``task.timing``, the median of ``repeats`` per expert; ``gmacs_per_step``: of one image;
-    ``parameters``: of all experts; on a GPU ``peak_memory_mib``: the most that weights and activations of the batch take. The model comes
-    on the CPU, and is moved and converted to the timing's dtype for good. With one ``compiler``, blocks that denoisers share are compiled
-    once. Raises: InputError if the timing asks for CUDA graphs elsewhere than on a GPU.
+    ``ms_per_step``: time of a batch of ``task.timing``, the median of ``repeats`` per expert, taken as those of latency tables are;
+    ``gmacs_per_step``: of one image; ``parameters``: of all experts; on a GPU ``peak_memory_mib``: the most that weights and activations of
+    the batch take. The model comes on the CPU, and is moved and converted to the timing's dtype for good. With one ``compiler``, blocks
+    that denoisers share are compiled once. Raises: InputError if the timing asks for CUDA graphs elsewhere than on a GPU.
     """
     config, timing = families.load_config(task.model), task.timing
     timing.check(device)
@@ -132,7 +132,7 @@ def cost_per_step(
     experts = list(getattr(model, "experts", [model] * len(shares)))
     gmacs = sum(share * count(copy.deepcopy(e).to("meta"), config)[0].macs / 1e9 for share, e in zip(shares, experts, strict=True))
     dtype = getattr(torch, timing.dtype)
-    cuda = device.startswith("cuda")
+    cuda, clock = device.startswith("cuda"), clock_of(device)
     graphs = Graphs() if timing.cuda_graphs else None
     if cuda:
         gc.collect()  # a compiled denoiser refers to itself: the last one may still be there
@@ -150,19 +150,8 @@ def cost_per_step(
         run: Callable[[], object] = functools.partial(model, x, interval.start, **told)
         if graphs is not None:  # a number as timestep would be copied from the host, which no graph can hold
             run = graphs.capture(functools.partial(expert, x, t, **told))
-        times = []
-        for _ in range(repeats + 2):  # the first two compile and warm up
-            _synchronise(device)
-            started = time.perf_counter()
-            run()
-            _synchronise(device)
-            times.append(time.perf_counter() - started)
-        total += share * float(np.median(times[2:]))
+        run()  # compiles
+        total += share * float(np.median([time_ms(run, clock) for _ in range(repeats)]))
     memory = {"peak_memory_mib": (torch.cuda.max_memory_allocated() - others) / 2**20} if cuda else {}
     parameters = sum(p.numel() for p in model.parameters())
-    return {"ms_per_step": 1e3 * total, "gmacs_per_step": gmacs, "parameters": parameters, **memory}
-
-
-def _synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    return {"ms_per_step": total, "gmacs_per_step": gmacs, "parameters": parameters, **memory}

@@ -45,6 +45,20 @@ class Clock(Protocol):
     def span_ms(self, start: Any, stop: Any) -> float: ...
 
 
+def clock_of(device: str) -> Clock:
+    return CudaClock() if device.startswith("cuda") else CpuClock()
+
+
+def time_ms(run: Callable[[], object], clock: Clock) -> float:
+    """Time of one of two passes in a row: the device may spend the first on what has changed, and the host runs ahead of the second."""
+    run()
+    start = clock.mark()
+    run()
+    stop = clock.mark()
+    clock.wait()
+    return clock.span_ms(start, stop)
+
+
 class CpuClock:
     def mark(self) -> float:
         return time.perf_counter()
@@ -346,7 +360,7 @@ def measure(
         weights=Weights(device, dtype, derive_seed(seed, "latency", "weights"), timing.fused_kernels),
         compiler=RegionCompiler() if timing.compiled else None,
         graphs=Graphs() if timing.cuda_graphs else None,
-        clock=clock or (CudaClock() if device.startswith("cuda") else CpuClock()),
+        clock=clock or clock_of(device),
         visits=visits,
         seed=seed,
         on_step=on_step,
