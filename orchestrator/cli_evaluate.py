@@ -92,7 +92,8 @@ def _published(prepared: Prepared, versions: Sequence[str]) -> dict[str, Any]:
                     f"--version {version.reference}: its {key} is {theirs.get(key)}, that of the job's model {mine.get(key)}: "
                     "evaluate it in a job with the model that it was made from"
                 )
-        found[version.reference] = DenoiserRef(version.reference, version.manifest().plan, folder=str(folder))
+        manifest = version.manifest()
+        found[version.reference] = DenoiserRef(version.reference, manifest.plan, folder=str(folder), epsilon_scale=manifest.epsilon_scale)
     return found
 
 

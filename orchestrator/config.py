@@ -208,6 +208,10 @@ class BudgetConfig(Section):
     ratio: float = Field(gt=0, le=1, description="The mixture's cost as a part of the dense model's.")
 
 
+LEAST_SCALE, MOST_SCALE = 0.9, 1.1
+"""Of predicted noise. Further away, nothing is drawn any more."""
+
+
 class Sampler(Section):
     scheduler: str = Field(
         "ddim",
@@ -217,10 +221,10 @@ class Sampler(Section):
     eta: float = Field(0.0, ge=0, le=1, description="Noise that DDIM adds to the samples: none at 0, as much as DDPM at 1.")
     epsilon_scale: float = Field(
         1.0,
-        ge=0.9,
-        le=1.1,
-        description="Predicted noise is divided by it, dense's and the published mixtures' (epsilon scaling, arXiv 2308.15321): try 1.001 "
-        "to 1.005. For models that predict noise.",
+        ge=LEAST_SCALE,
+        le=MOST_SCALE,
+        description="Predicted noise is divided by it, dense's and the mixtures' alike; a published mixture has it in its weights (epsilon "
+        "scaling, arXiv 2308.15321; compare 0.998 to 1.005). For models that predict noise.",
     )
     guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of class-conditional samples; 1 is none.")
 

@@ -8,6 +8,7 @@ A killed evaluation goes on with the rows, and within them the shards, that are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.config import JobConfig
+from orchestrator.config import LEAST_SCALE, MOST_SCALE, JobConfig
 from orchestrator.experts import identity
 from orchestrator.pipeline import Context
 from orchestrator.results import commit
@@ -39,6 +40,7 @@ from workers.protocol import common_protocol
 from workers.rows import ReferenceTask, RowTask
 
 DENSE, FOLDER = "dense", "evaluation"
+DENSE_ROW = re.compile(r"([a-z-]+):([1-9][0-9]*)(?::([0-9]*\.?[0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,24 @@ def job_sampler(job: JobConfig) -> SamplerRef:
 
 
 def dense_samplers(job: JobConfig) -> list[SamplerRef]:
-    """Those of evaluate.dense, without the job's own. Raises: InputError for one that is none."""
-    found = []
+    """Those of evaluate.dense, without the job's own. Raises: InputError for one that is none, or is named twice."""
+    found: dict[str, SamplerRef] = {}
     for text in job.evaluate.dense:
-        try:
-            scheduler, steps, *scale = text.split(":")
-            found.append(SamplerRef(scheduler, int(steps), job.sampler.eta if scheduler.startswith("ddim") else 0.0, *map(float, scale)))
-            if scheduler not in diffusion.SAMPLERS or found[-1].steps < 1 or not 0.9 <= found[-1].epsilon_scale <= 1.1:
-                raise ValueError
-        except (ValueError, TypeError):
+        told = DENSE_ROW.fullmatch(text)
+        if told is None or told[1] not in diffusion.SAMPLERS:
             known = ", ".join(diffusion.SAMPLERS)
             raise InputError(
-                f"evaluate.dense: {text!r} is not SCHEDULER:STEPS[:EPSILON_SCALE], e.g. ddim:25 or ddim:25:1.002; schedulers are {known}"
-            ) from None
-    return [sampler for sampler in found if sampler.name != job_sampler(job).name]
+                f"evaluate.dense: {text!r} is not SCHEDULER:STEPS or SCHEDULER:STEPS:EPSILON_SCALE, e.g. ddim:25 or ddim:25:1.002; "
+                f"schedulers are {known}"
+            )
+        eta = job.sampler.eta if told[1].startswith("ddim") else 0.0
+        sampler = SamplerRef(told[1], int(told[2]), eta, float(told[3] or 1))
+        if not LEAST_SCALE <= sampler.epsilon_scale <= MOST_SCALE:
+            raise InputError(f"evaluate.dense: {text!r} scales noise by {told[3]}: it must be from {LEAST_SCALE} to {MOST_SCALE}")
+        if sampler.name in found:
+            raise InputError(f"evaluate.dense names {sampler.name} twice")
+        found[sampler.name] = sampler
+    return [sampler for name, sampler in found.items() if name != job_sampler(job).name]
 
 
 def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition) -> dict[str, Row]:
@@ -90,7 +96,8 @@ def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition)
         rows[label] = Row(DenoiserRef(label), other, cuts, dense_from)
     for label, ref in denoisers.items():
         if label != DENSE:
-            rows[label] = Row(ref, sampler, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref), _told(ctx, ref))
+            drawn = sampler if ref.folder is None else replace(sampler, epsilon_scale=ref.epsilon_scale)
+            rows[label] = Row(ref, drawn, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref), _told(ctx, ref))
     return rows
 
 
@@ -371,6 +378,8 @@ def _key(ctx: Context, row: Row, protocol: Protocol) -> str:
     """Stands for all that a row's numbers depend on, the paths of files aside."""
     settings = ctx.job.evaluate
     values = [settings.images, settings.samples, settings.timesteps, settings.compile, None, ctx.cluster.need.device]  # as older keys are
+    if row.sampler != job_sampler(ctx.job):  # paired errors are those against dense under the job's
+        values.append(job_sampler(ctx.job).to_json())
     return digest_of([list(row.made_from), row.sampler.to_json(), protocol.to_json(), ctx.job.timing().to_json(), values])[:10]
 
 

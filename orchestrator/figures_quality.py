@@ -130,18 +130,24 @@ def _marks(colour: str, marker: str) -> dict[str, Any]:
 
 
 def _dense_lines(rows: Sequence[tuple[str, Point]]) -> list[Series]:
-    """One line per scheduler, and scale of its noise, of (`words.sampler`, point), a point per number of steps. Dense itself is no distance
-    from itself, so a paired error has no such point."""
+    """One line per scheduler of (`words.sampler`, point), a point per number of steps; beside the lines, hollow, those of scaled noise.
+    Dense itself is no distance from itself, so a paired error has no such point."""
     lines: dict[str, list[Point]] = {}
+    scaled: list[Point] = []
     for drawn_with, point in rows:
         scheduler, steps, *scale = drawn_with.partition(" ")[0].split(":")
-        lines.setdefault(", noise / ".join([scheduler, *scale]), []).append(point._replace(note=steps))
+        if scale:
+            scaled.append(point._replace(note=f"{steps} / {scale[0]}"))
+        else:
+            lines.setdefault(scheduler, []).append(point._replace(note=steps))
     style = {"color": INK, "linewidth": 1.2, "marker": "D", "markersize": 4}
-    return [
+    found = [
         Series(f"dense, {scheduler} (number: steps)", points, {**style, "linestyle": dash}, ABOVE)
         for (scheduler, points), dash in zip(lines.items(), DASHES * len(lines), strict=False)
-        if any(point.quality > 0 for point in points)
     ]
+    hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
+    found.append(Series("dense, noise scaled (steps / by what)", scaled, hollow, {**BELOW, "color": INK}))
+    return [series for series in found if any(point.quality > 0 for point in series.points)]
 
 
 @_png

@@ -301,13 +301,13 @@ STAGES = (
             "latency",
             "sampler.guidance_scale",
             "sampler.eta",
-            "sampler.epsilon_scale",
             "name",
             "registry",
         ),
         ignores=tuple(  # how work is shared out; and files, which are known by what they hold
             f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference", "kid_reference", "lpips")
         ),
+        later={"sampler.epsilon_scale": 1.0},
         version=2,
         holds=lambda result: all(is_published(version["path"]) for version in result["published"].values()),
         fills=evaluation.FOLDER,

@@ -82,7 +82,7 @@ def publish(registry: Path, name: str, mixture: MixtureDenoiser, scheduler: Any,
     rows = {"dense": {"denoising_loss": 0.1}, "macs-0.50": {"denoising_loss": 0.125, "paired_mse": 0.5, "frechet": None}}
     came = Provenance(name, "f" * 64, "/somewhere/secret/dense-model", "a" * 64, "/somewhere/secret/images", "b" * 64, 0, {"torch": "2"})
     family = families.of_class(mixture.config["base"]).__name__.rpartition(".")[2]
-    manifest = MixtureManifest(name, family, plan, rows, {"sampler": {"guidance_scale": 2.0}}, came, {})
+    manifest = MixtureManifest(name, family, plan, rows, {"sampler": {"guidance_scale": 2.0, "epsilon_scale": 1.002}}, came, {})
     return Registry(registry).publish(name, manifest, folder)
 
 

@@ -393,7 +393,7 @@ class DenoiserRef(Record):
     """A denoiser to evaluate: without a plan, the dense one; else the mixture of ``experts``, small fine-tuned checkpoints.
 
     ``cut_only``: the plan is cut from the pretrained weights, untrained, in the channel order of the elastic ``experts``. ``folder``: a
-    published mixture, which needs no experts.
+    published mixture, which needs no experts; its weights predict noise that is divided by ``epsilon_scale`` already.
     """
 
     label: str
@@ -402,6 +402,7 @@ class DenoiserRef(Record):
     cut_only: bool = False
     unit: str = "group"
     folder: str | None = None
+    epsilon_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -465,6 +466,11 @@ class MixtureManifest(Record):
     provenance: Provenance
     files: dict[str, str]
     """Relative POSIX path -> sha256 of every file of the version but the manifest itself."""
+
+    @property
+    def epsilon_scale(self) -> float:
+        """By which the noise that its weights predict is divided."""
+        return self.config.get("sampler", {}).get("epsilon_scale", 1.0)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Surroundings:
 
 
 def _scaled(predict: Callable[[Tensor, Any], Tensor], epsilon_scale: float) -> Callable[[Tensor, Any], Tensor]:
+    """Epsilon scaling (arXiv 2308.15321)."""
     return predict if epsilon_scale == 1 else lambda x, t: predict(x, t) / epsilon_scale
 
 
@@ -98,9 +99,7 @@ class SamplingDenoiser:
         if float(t) not in self._timesteps:  # copied once, not at every step of every batch
             self._timesteps[float(t)] = t.to(self.device)
         told = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in told.items()}
-        predicted = network(x.to(self.dtype), self._timesteps[float(t)], **told).sample.float()
-        scale = getattr(self.model, "epsilon_scale", 1)
-        return UNet2DOutput(sample=predicted if scale == 1 else predicted / scale)
+        return UNet2DOutput(sample=network(x.to(self.dtype), self._timesteps[float(t)], **told).sample.float())
 
 
 def write_sample_grid(

@@ -49,7 +49,6 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
         unit: what a ResBlock's unit is, ``group`` or ``channel_per_group``.
         rewrites: names of `workers.rewrites` that were applied to every expert: the same function, fewer operations.
         num_timesteps: of training; a timestep beyond is none, and is refused. None: not known.
-        epsilon_scale: what experts predict is divided by it (epsilon scaling, arXiv 2308.15321).
     """
 
     config_name: Any = ModelMixin.config_name
@@ -67,13 +66,11 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
         unit: str = "group",
         rewrites: Sequence[str] = (),
         num_timesteps: int | None = None,
-        epsilon_scale: float = 1.0,
     ):
         super().__init__()
         if len(architectures) != len(boundaries) + 1 or list(boundaries) != sorted(set(boundaries)):
             raise InputError(f"{len(architectures)} experts need {len(architectures) - 1} ascending boundaries, not {list(boundaries)}")
         self.boundaries, self.out_channels, self.num_timesteps = tuple(boundaries), out_channels, num_timesteps
-        self.epsilon_scale = epsilon_scale
         dense, branches = untrained(base, unit)
         small = [extract(dense, branches, ArchitectureSpec(dict(spec))) for spec in architectures]
         self.experts = nn.ModuleList(apply(expert, rewrites) for expert in small)
@@ -119,10 +116,16 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
         self.register_to_config(rewrites=[*dict(self.config)["rewrites"], *names])
         return self
 
+    @torch.no_grad()
     def scale_epsilon(self, epsilon_scale: float) -> MixtureDenoiser:
-        """Divide all that is predicted from now on by ``epsilon_scale``, and note it in the config. 1 undoes it."""
-        self.epsilon_scale = epsilon_scale
-        self.register_to_config(epsilon_scale=epsilon_scale)
+        """Divide the noise that every expert predicts by ``epsilon_scale`` (epsilon scaling, arXiv 2308.15321). The inverse undoes it.
+
+        It goes into the last layer's weights, since rounding an output to bfloat16 would lose a factor of 1.002.
+        """
+        for expert in self.experts:
+            last: Any = expert.conv_out
+            for parameter in last.parameters():
+                parameter /= epsilon_scale
         return self
 
     # --- where experts are ------------------------------------------------------------------------------------------
@@ -194,7 +197,6 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
                 if len(rows):
                     given = _rows((context, kwargs), rows.to(sample.device), len(sample))
                     output[rows] = self.expert(k)(sample[rows], timestep[rows], *given[0], **given[1]).sample
-        output = output if self.epsilon_scale == 1 else output / self.epsilon_scale
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
     def expert(self, k: int) -> nn.Module:

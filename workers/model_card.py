@@ -65,7 +65,13 @@ def card(manifest: MixtureManifest, reference: str, made: Exported) -> str:
         tags=list(TAGS),
         eval_results=results,
     )
-    sections = [_what(plan, made), _load(made), _experts(plan), _quality(manifest.metrics, plan.budget.name), _origin(manifest, reference)]
+    sections = [
+        _what(manifest, made),
+        _load(made),
+        _experts(plan),
+        _quality(manifest.metrics, plan.budget.name),
+        _origin(manifest, reference),
+    ]
     return f"---\n{data.to_yaml()}\n---\n\n# {manifest.name}\n\n" + "\n".join(sections)
 
 
@@ -73,12 +79,14 @@ def _measured(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     yield from ((key, float(row[key])) for key in MEASURED if row.get(key) is not None)
 
 
-def _what(plan: MixturePlan, made: Exported) -> str:
+def _what(manifest: MixtureManifest, made: Exported) -> str:
+    plan, scale = manifest.plan, manifest.epsilon_scale
+    scaled = f" The noise that it predicts is divided by {scale} ([epsilon scaling](https://arxiv.org/abs/2308.15321))."
     return (
         f"{made.dense}, pruned into a mixture of {len(plan.experts)} experts, one for each interval of timesteps, by "
         "[DiffPruning](https://arxiv.org/abs/2409.15557). A step takes "
         f"{plan.macs_ratio:.1%} of the dense model's MACs, averaged over {plan.budget.scheduler} with {plan.budget.steps} steps. "
-        f"The `unet` weighs {made.weight_bytes / 1e6:.1f} MB; of it, one expert works at a time.\n"
+        f"The `unet` weighs {made.weight_bytes / 1e6:.1f} MB; of it, one expert works at a time.{scaled if scale != 1 else ''}\n"
     )
 
 

@@ -32,7 +32,7 @@ class SamplerRef(Record):
     @property
     def name(self) -> str:
         """``ddim:25``, or with scaled noise ``ddim:25:1.002``, as in the job's evaluate.dense."""
-        return f"{self.scheduler}:{self.steps}" + (f":{self.epsilon_scale:g}" if self.epsilon_scale != 1 else "")
+        return f"{self.scheduler}:{self.steps}" + (f":{self.epsilon_scale}" if self.epsilon_scale != 1 else "")
 
     def to_json(self) -> dict[str, Any]:
         """The scale is left out where it is 1: what stands for a row is what it was before there was one."""

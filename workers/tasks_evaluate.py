@@ -39,10 +39,11 @@ from workers.session import Session
 def load_reference(ref: DenoiserRef, model_path: str) -> nn.Module:
     """The denoiser a reference points to: dense, published, a mixture of fine-tuned experts, or one cut from the pretrained weights.
 
-    All predict unscaled noise: by what it is divided is the sampler's, a published mixture's own scale aside.
+    All predict noise as they were trained to; who draws divides it by the sampler's scale.
     """
     if ref.folder is not None:
-        return pretrained.load(MixtureDenoiser, Path(ref.folder)).scale_epsilon(1.0)
+        published = pretrained.load(MixtureDenoiser, Path(ref.folder))
+        return published if ref.epsilon_scale == 1 else published.scale_epsilon(1 / ref.epsilon_scale)
     if ref.plan is None:
         return families.load_denoiser(model_path)
     config = families.load_config(model_path)
@@ -260,7 +261,9 @@ def assemble_mixture(session: Session, item: tuple[DenoiserRef, str, SamplerRef,
     """
     ref, model_path, sampler, rewrites, out = item
     mixture: Any = load_reference(ref, model_path)
-    mixture.rewrite(rewrites).scale_epsilon(sampler.epsilon_scale)
+    mixture.rewrite(rewrites)
+    if sampler.epsilon_scale != 1:
+        mixture.scale_epsilon(sampler.epsilon_scale)
     try:
         shards.save(mixture, Path(out))
         for part in (first_stage.locate(model_path), Path(model_path) / conditioning.EMBEDDER):

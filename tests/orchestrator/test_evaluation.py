@@ -165,13 +165,17 @@ def test_the_noise_that_a_sampler_adds_is_told(home):
 def test_scaled_noise_has_rows_of_its_own_beside_the_plain_ones(home, first):
     """The job's scale is that of its own sampler; rows of evaluate.dense say theirs."""
     dense = "evaluate.dense=['ddim:4', 'ddim:4:1.01', 'ddim:2']"
-    scaled = table(home, "sampler.epsilon_scale=1.01", dense, f"storage.path={home}/scaled")
+    table(home, f"storage.path={home}/both")
+    scaled = table(home, "sampler.epsilon_scale=1.01", dense, f"storage.path={home}/both")
     assert list(scaled["rows"]) == ["dense", "dense ddim:4", "dense ddim:2"], "the job's own is no other"
     assert [cells(cli_evaluate.text(scaled), label)["sampler"] for label in scaled["rows"]] == ["ddim:4:1.01", "ddim:4", "ddim:2"]
     for label, plain in (("dense ddim:4", "dense"), ("dense ddim:2", "dense ddim:2")):
         assert scaled["rows"][label]["frechet"] == first["rows"][plain]["frechet"], label
     assert scaled["rows"]["dense"]["frechet"] != first["rows"]["dense"]["frechet"]
-    assert scaled["rows"]["dense ddim:4"]["paired_mse"] > 0
+    anew = table(home, "sampler.epsilon_scale=1.01", dense, f"storage.path={home}/scaled")
+    for label, row in anew["rows"].items():
+        assert row["paired_mse"] == scaled["rows"][label]["paired_mse"], f"{label} against another dense"
+    assert anew["rows"]["dense ddim:4"]["paired_mse"] > 0
 
 
 def test_only_predicted_noise_can_be_scaled(home, tmp_path):
@@ -376,12 +380,16 @@ def test_whole_batches_are_shared_out_in_order():
         ("evaluate.kid_reference=no.npz", "evaluate.kid_reference: no such file: "),
         (
             "evaluate.dense=[ddim]",
-            "evaluate.dense: 'ddim' is not SCHEDULER:STEPS[:EPSILON_SCALE], e.g. ddim:25 or ddim:25:1.002; schedulers are ddpm, ddim",
+            "evaluate.dense: 'ddim' is not SCHEDULER:STEPS or SCHEDULER:STEPS:EPSILON_SCALE, e.g. ddim:25 or ddim:25:1.002; schedulers "
+            "are ddpm, ddim",
         ),
-        ("evaluate.dense=['ddim:2:2']", "evaluate.dense: 'ddim:2:2' is not SCHEDULER:STEPS[:EPSILON_SCALE]"),
-        ("evaluate.dense=['ddim:2:1:1']", "evaluate.dense: 'ddim:2:1:1' is not SCHEDULER:STEPS[:EPSILON_SCALE]"),
-        ("evaluate.dense=['ddim:2:nan']", "evaluate.dense: 'ddim:2:nan' is not SCHEDULER:STEPS[:EPSILON_SCALE]"),
-        ("sampler.epsilon_scale=2", "sampler.epsilon_scale is 2: "),
+        ("evaluate.dense=['ddim:2_0']", "evaluate.dense: 'ddim:2_0' is not SCHEDULER:STEPS"),
+        ("evaluate.dense=['ddim:2:1:1']", "evaluate.dense: 'ddim:2:1:1' is not SCHEDULER:STEPS"),
+        ("evaluate.dense=['ddim:2:nan']", "evaluate.dense: 'ddim:2:nan' is not SCHEDULER:STEPS"),
+        ("evaluate.dense=['ddim:2:2']", "evaluate.dense: 'ddim:2:2' scales noise by 2: it must be from 0.9 to 1.1"),
+        ("evaluate.dense=['ddim:2:1.02','ddim:2:1.020']", "evaluate.dense names ddim:2:1.02 twice"),
+        ("evaluate.dense=['ddim:2','ddim:2:1']", "evaluate.dense names ddim:2 twice"),
+        ("sampler.epsilon_scale=2", "sampler.epsilon_scale is 2: must be less than or equal to 1.1"),
         ("evaluate.dense=[magic:3]", "evaluate.dense: 'magic:3' is not SCHEDULER:STEPS"),
         ("evaluate.dense=['ddim:0']", "evaluate.dense: 'ddim:0' is not SCHEDULER:STEPS"),
         ("evaluate.dense=['ddim:2','ddim:2']", "evaluate.dense ['ddim:2', 'ddim:2'] names one twice"),

@@ -108,6 +108,7 @@ def test_the_card_is_one_that_the_hub_reads_and_names_no_place_on_this_machine(p
     assert {"pruned", "diffpruning"} <= set(card.data.tags)
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"denoising_loss": 0.125, "paired_mse": 0.5}
     assert card.data.model_name == "pixels" and {r.dataset_name for r in card.data.eval_results} == {"images"}
+    assert "The noise that it predicts is divided by 1.002 ([epsilon scaling]" in card.text
     assert "| [300, 700) | 33% | 50.0% |" in card.text and "num_inference_steps=20" in card.text
     assert not [name for name in files(plain) if "secret" in (plain / name).read_text(errors="replace")]
 

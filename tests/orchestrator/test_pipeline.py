@@ -156,6 +156,16 @@ def test_a_stage_whose_meaning_changed_runs_again(toys):
     assert toys.ran == ["grow", "tell"]
 
 
+def test_work_from_before_there_was_a_setting_is_good_until_it_has_another_value(toys):
+    toys.run()
+    start, grow, tell = toys.stages
+    toys.stages = (start, Stage(grow.name, grow.run, grow.needs, grow.reads, later={"unread": 0}), tell)
+    toys.run()
+    assert toys.ran == []
+    toys.run(changed(unread=1))
+    assert toys.ran == ["grow", "tell"]
+
+
 def test_states_of_a_run_that_never_was_are_new_and_looking_creates_nothing(tmp_path):
     toys = Toys(tmp_path / "runs" / "toy")
     assert toys.pipeline().states() == {"start": "new", "grow": "new", "tell": "new"}

@@ -1,6 +1,7 @@
 """One whole run, small and real: from PNGs to a published mixture that any process can load, and what the same command does again."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -226,13 +227,12 @@ def test_the_version_drops_into_a_diffusers_pipeline_of_a_new_process(run, emoji
 
 
 def test_what_was_measured_is_what_the_version_draws_its_scaled_noise_included(run):
-    """By any sampler that knows nothing of the scale: it is the version's own."""
+    """By any sampler that knows nothing of the scale: it is in the version's weights."""
     version, [measured] = run.registry / "small" / "1", run.run.glob("evaluation/macs-0.50-??????????.npz")
     unet, around = MixtureDenoiser.from_pretrained(version), Surroundings.load(version, "cpu")
-    assert unet.config.epsilon_scale == 1.05
     seeds = [derive_seed(0, "sample", i) for i in range(2)]
-    for scale, alike in ((1.05, True), (1.0, False)):
-        drawn = torch.cat([x for x, _ in around.draw(unet.scale_epsilon(scale), SamplerRef("ddim", 4, 0.0), seeds, (3, 32, 32), 2)])
+    for alike, model in ((True, unet), (False, copy.deepcopy(unet).scale_epsilon(1 / 1.05))):
+        drawn = torch.cat([x for x, _ in around.draw(model, SamplerRef("ddim", 4, 0.0), seeds, (3, 32, 32), 2)])
         assert torch.allclose(drawn, torch.from_numpy(np.load(measured)["samples"]), atol=1e-4) == alike
 
 
@@ -326,10 +326,14 @@ def test_a_published_version_scores_as_the_mixture_it_was_made_from(run, tmp_pat
     torch.jit.trace(pooled, torch.zeros(2, 3, 32, 32)).save(tmp_path / "pooled.pt")
     distances = {"frechet_samples": 4, "extractor": "torchscript", "extractor_weights": tmp_path / "pooled.pt", "dense": "[ddim:2]"}
     changes = [word for key, value in distances.items() for word in ("--set", f"evaluate.{key}={value}")]
+    other = evaluated(run, "--set", "sampler.epsilon_scale=1", "--only", "small:1", "--version", "small")
+    scales = {label: row["sampler"].get("epsilon_scale", 1) for label, row in other.items()}
+    assert scales == {"dense": 1, "small:1": 1.05}, "a version's scale is its own"
     rows = evaluated(run, *changes, "--only", "macs-0.50", "--only", "small:1", "--only", "dense ddim:2", "--version", "small")
     assert list(rows) == ["dense", "dense ddim:2", "macs-0.50", "small:1"]
     for key in ("paired_mse", "denoising_loss", "frechet", "kid", "gmacs_per_step"):
         assert rows["small:1"][key] == pytest.approx(rows["macs-0.50"][key], rel=1e-5)
+    assert other["small:1"]["paired_mse"] != rows["small:1"]["paired_mse"], "dense is another"
     assert rows["dense ddim:2"]["relative_time"] == 0.5
     assert len({row["protocol"]["id"] for row in rows.values()}) == 1
 

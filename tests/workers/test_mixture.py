@@ -256,7 +256,6 @@ def test_the_config_answers_with_what_the_dense_one_says_and_saves_only_its_own(
     mixture.save_pretrained(tmp_path)
     saved = MixtureDenoiser.load_config(tmp_path)
     own = {"base", "boundaries", "architectures", "in_channels", "out_channels", "sample_size", "unit", "rewrites", "num_timesteps"}
-    own |= {"epsilon_scale"}
     assert {key for key in saved if not key.startswith("_")} == own
     assert MixtureDenoiser.from_pretrained(tmp_path).config["boundaries"] == [500]
 
