@@ -148,6 +148,8 @@ def text(found: Mapping[str, Any], more: bool = False) -> str:
         }
     lines = tables.aligned(tables.filled(columns), ("", "agent", "sampler"))
     lines += ["", "time and MACs: of all steps, relative to dense under the job's sampler", timed_on(dense, elsewhere)]
+    if any(row["sampler"].get("epsilon_scale", 1) != 1 for row in rows.values()):
+        lines.append("sampler: its steps, and by what the predicted noise was divided")
     if (workers := max(row.get("drawn_at_once", 1) for row in rows.values())) > 1:
         lines.append(f"images/s: of one worker, while up to {workers} drew at once")
     if otherwise:

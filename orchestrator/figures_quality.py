@@ -133,11 +133,11 @@ def _dense_lines(rows: Sequence[tuple[str, Point]]) -> list[Series]:
     """One line per scheduler of (`words.sampler`, point), a point per number of steps; beside the lines, hollow, those of scaled noise.
     Dense itself is no distance from itself, so a paired error has no such point."""
     lines: dict[str, list[Point]] = {}
-    scaled: list[Point] = []
+    scaled: dict[str, list[Point]] = {}
     for drawn_with, point in rows:
         scheduler, steps, *scale = drawn_with.partition(" ")[0].split(":")
         if scale:
-            scaled.append(point._replace(note=f"{steps} / {scale[0]}"))
+            scaled.setdefault(scheduler, []).append(point._replace(note=f"{steps} / {scale[0]}"))
         else:
             lines.setdefault(scheduler, []).append(point._replace(note=steps))
     style = {"color": INK, "linewidth": 1.2, "marker": "D", "markersize": 4}
@@ -146,7 +146,10 @@ def _dense_lines(rows: Sequence[tuple[str, Point]]) -> list[Series]:
         for (scheduler, points), dash in zip(lines.items(), DASHES * len(lines), strict=False)
     ]
     hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
-    found.append(Series("dense, noise scaled (steps / by what)", scaled, hollow, {**BELOW, "color": INK}))
+    found += [
+        Series(f"dense, {scheduler}, noise scaled (steps / by what)", points, {**hollow, "marker": marker}, {**BELOW, "color": INK})
+        for (scheduler, points), marker in zip(scaled.items(), cycle(MARKERS), strict=False)
+    ]
     return [series for series in found if any(point.quality > 0 for point in series.points)]
 
 

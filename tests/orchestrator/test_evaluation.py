@@ -169,6 +169,8 @@ def test_scaled_noise_has_rows_of_its_own_beside_the_plain_ones(home, first):
     scaled = table(home, "sampler.epsilon_scale=1.01", dense, f"storage.path={home}/both")
     assert list(scaled["rows"]) == ["dense", "dense ddim:4", "dense ddim:2"], "the job's own is no other"
     assert [cells(cli_evaluate.text(scaled), label)["sampler"] for label in scaled["rows"]] == ["ddim:4:1.01", "ddim:4", "ddim:2"]
+    says = "sampler: its steps, and by what the predicted noise was divided"
+    assert says in cli_evaluate.text(scaled).splitlines() and says not in cli_evaluate.text(first)
     for label, plain in (("dense ddim:4", "dense"), ("dense ddim:2", "dense ddim:2")):
         assert scaled["rows"][label]["frechet"] == first["rows"][plain]["frechet"], label
     assert scaled["rows"]["dense"]["frechet"] != first["rows"]["dense"]["frechet"]
