@@ -28,6 +28,7 @@ budgets: [{metric: macs, ratio: 0.6}]
 sampler: {scheduler: ddim, steps: 8}
 finetune: {steps: 4, batch_size: 4, checkpoint_every: 2, compare: []}
 evaluate: {images: 8, samples: 4, timesteps: 2}
+latency: {batch: 2}
 resources: {device: cpu, local_cpus: 2}
 """
 
@@ -194,17 +195,12 @@ def test_an_interrupt_ends_with_130_and_a_line_and_no_process(folder, heard, num
     assert not alive, f"still running: {alive}"
 
 
-def test_another_budget_searches_and_trains_what_is_new_and_nothing_else(finished, folder):
+def test_other_budgets_search_together_what_is_new_and_nothing_else(finished, folder):
     """The last test of this file: from here on the run folder holds stages under two settings."""
     run, _ = finished
     kept = {path: at for path, at in snapshot(run).items() if path.parts[len(run.parts)] in ("train", "search")}
-    done = diffpruning(folder, "calm", "--until", "finetune", "--set", "budgets=[{ratio: 0.6}, {ratio: 0.7}, {ratio: 0.8}]")
+    done = diffpruning(folder, "calm", "--until", "route", "--set", "budgets=[{ratio: 0.6}, {ratio: 0.7}, {ratio: 0.8}]")
     assert done.returncode == 0, done.stderr
     assert "3 of the 9 plans were there from earlier searches" in done.stderr
-    after = snapshot(run)
-    assert kept.items() <= after.items()
-    new = {path.parts[len(run.parts) + 1] for path in after.keys() - kept.keys() if path.parts[len(run.parts)] == "train"}
-    trained = {line.split()[1] for line in done.stderr.splitlines() if line.startswith("  finetune macs")}
-    assert trained == {"macs-0.70", "macs-0.80"}
-    assert len(new) == 6
+    assert kept.items() <= snapshot(run).items()
     assert len(list(run.glob("search/front *.json"))) == 1
