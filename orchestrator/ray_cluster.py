@@ -130,11 +130,11 @@ class RayCluster:
                 **QUIET,
             ).dashboard_url
         except Exception as error:  # Ray has no type of its own for it
-            told = f"no Ray could be started on this machine: {' '.join(str(error).split())[:200]}"
-            if "missing packages" in told:
-                raise InputError(f"{told}: this Ray has no dashboard, which trainers need: pip install 'ray[default]'") from error
+            if "missing packages" in str(error):
+                raise InputError("this Ray has no dashboard, which trainers need: pip install 'ray[default]'") from error
             raise RunFailed(
-                f"{told} Is it very busy? The same command again tries anew, and RAY_ADDRESS names a cluster to use instead"
+                f"no Ray could be started on this machine: {' '.join(str(error).split())[:200]} "
+                "Is it very busy? The same command again tries anew, and RAY_ADDRESS names a cluster to use instead"
             ) from error
 
     def _mark(self, folder: Path) -> None:

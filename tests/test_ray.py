@@ -173,6 +173,17 @@ def test_a_job_that_can_never_fit_is_refused_before_anything_runs(folder):
     assert not list((folder / "toobig" / "small").glob("*/done.json"))
 
 
+def test_a_ray_without_its_dashboard_is_refused_with_what_to_install(folder):
+    _, _, module, *words = command(folder, "minimal")
+    code = "import sys, runpy; sys.modules['aiohttp_cors'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, module, *words], capture_output=True, text=True, timeout=200, env=environment(), check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: this Ray has no dashboard, which trainers need: pip install 'ray[default]'\n"
+    assert not (folder / "minimal" / "small").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_with_130_and_a_line_and_no_process(folder, heard, number):
     storage = f"interrupted-{number}"
