@@ -50,7 +50,7 @@ def pareto(e: Evidence) -> Figure:
     def point(m: Measured, note: str) -> Point:
         return Point(e.macs_ratio(m), e.time_ratio(m), _number(m.metrics.get(e.quality)), note)
 
-    series = _dense_lines([(sampler(m.metrics), point(m, "")) for m in e.distinct if m.plan is None])
+    series = _dense_lines([(sampler(m.metrics), point(m, "")) for m in e.distinct if m.plan is None], sampler(e.dense.metrics))
     others = list(dict.fromkeys(m.kind for m in e.distinct if m.plan and m.kind not in ALLOCATIONS))
     colours = {**dict(zip(others, cycle((GREEN, RED, *COLOURS[4:])), strict=False)), **KINDS}
     allocations = {**ALLOCATIONS, **{kind: f"{kind}, trained alike" for kind in others}}
@@ -77,7 +77,7 @@ def pareto_of_runs(found: Mapping[str, Any]) -> Figure:
             markers.setdefault(kind, MARKERS[len(markers) % len(MARKERS)])
         else:
             dense.append((row["sampler"], point))
-    series = _dense_lines(dense)
+    series = _dense_lines(dense, found["sampler"])
     for (run, kind), points in alike.items():
         notes = {**BELOW, "color": colours[run]}
         series.append(Series(f"{run} {kind}".strip(), points, _marks(colours[run], markers[kind]), notes))
@@ -129,17 +129,22 @@ def _marks(colour: str, marker: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "markersize": 7, "linestyle": "none"}
 
 
-def _dense_lines(rows: Sequence[tuple[str, Point]]) -> list[Series]:
-    """One line per scheduler of (`words.sampler`, point), a point per number of steps; beside the lines, hollow, those of scaled noise.
-    Dense itself is no distance from itself, so a paired error has no such point."""
+def _dense_lines(rows: Sequence[tuple[str, Point]], usual: str) -> list[Series]:
+    """One line per scheduler of (`words.sampler`, point), a point per number of steps; beside the lines, hollow, those whose noise is
+    scaled otherwise than that of the ``usual`` sampler. Dense itself is no distance from itself, so a paired error has no such point."""
+
+    def parts(drawn_with: str) -> list[str]:
+        scheduler, steps, *scale = drawn_with.partition(" ")[0].split(":")
+        return [scheduler, steps, *(scale or ["1"])]
+
     lines: dict[str, list[Point]] = {}
     scaled: dict[str, list[Point]] = {}
     for drawn_with, point in rows:
-        scheduler, steps, *scale = drawn_with.partition(" ")[0].split(":")
-        if scale:
-            scaled.setdefault(scheduler, []).append(point._replace(note=f"{steps} / {scale[0]}"))
-        else:
+        scheduler, steps, scale = parts(drawn_with)
+        if scale == parts(usual)[2]:
             lines.setdefault(scheduler, []).append(point._replace(note=steps))
+        else:
+            scaled.setdefault(scheduler, []).append(point._replace(note=f"{steps} / {scale}"))
     style = {"color": INK, "linewidth": 1.2, "marker": "D", "markersize": 4}
     found = [
         Series(f"dense, {scheduler} (number: steps)", points, {**style, "linestyle": dash}, ABOVE)

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator import aliases
 from orchestrator.promotion import numbers
 from orchestrator.registry import Registry, Version
-from workers.contracts import GOLDEN, MixtureManifest, VerificationError
+from workers.contracts import GOLDEN, MixtureManifest, SamplerRef, VerificationError
 from workers.records import differing
 
 
@@ -81,7 +81,7 @@ def _plan(manifest: MixtureManifest) -> dict[str, Any]:
     return {
         "family": manifest.family,
         "budget": plan.budget.name,
-        "sampler": f"{plan.budget.scheduler}:{plan.budget.steps}",
+        "sampler": SamplerRef(plan.budget.scheduler, plan.budget.steps, 0.0, manifest.epsilon_scale).name,
         "agent": plan.agent,
         "seed": plan.seed,
         "intervals": ", ".join(interval.name for interval in plan.partition.intervals),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestrator.evidence import Evidence, trials_of
-from orchestrator.words import FEW_STEPS, both, dropped, label, of_the_dense_model, percent, sig, span
+from orchestrator.words import FEW_STEPS, both, dropped, label, of_the_dense_model, percent, sampler_of, sig, span
 from workers import routers
 from workers.contracts import MixturePlan
 
@@ -95,10 +95,12 @@ def _against_uniform(e: Evidence, plan: MixturePlan) -> Remark:
 
 
 def _against_fewer_steps(e: Evidence, plan: MixturePlan) -> list[Remark]:
-    """Is the mixture worth anything against the simplest rival, dense with fewer steps, that takes no more measured time?"""
+    """Is the mixture worth anything against the simplest rival, dense with fewer steps, that takes no more measured time? One whose noise
+    is scaled otherwise is none: so could the mixture's be."""
     mixture, word = e.mixture(plan), QUALITIES[e.quality]
     mine, time = mixture.metrics[e.quality], e.time_ratio(mixture)
-    rivals = [m for m in e.measured if m.sampler and m.metrics[e.quality] is not None and e.time_ratio(m) <= time]
+    alike = [m for m in e.measured if m.sampler and sampler_of(m.metrics).epsilon_scale == sampler_of(mixture.metrics).epsilon_scale]
+    rivals = [m for m in alike if m.metrics[e.quality] is not None and e.time_ratio(m) <= time]
     if not rivals or mine is None:
         return []
     best = min(rivals, key=lambda m: m.metrics[e.quality])

@@ -156,9 +156,11 @@ def _rows(folder: Path, fingerprints: Mapping[str, str]) -> tuple[dict[str, Any]
 
 def holding(rows: Mapping[str, Any], dense: Mapping[str, Any], same_mixtures: bool) -> dict[str, Any]:
     """Those of a table's ``rows`` that hold beside ``dense``: of one protocol, timing and number of samples, and of the same mixtures or of
-    what is none of a run's, the dense model and published versions."""
+    what is none of a run's, the dense model and published versions. Without their paired errors, where the dense model of these was drawn
+    otherwise."""
+    paired_alike = rows.get(DENSE, {}).get("sampler") == dense.get("sampler")
     return {
-        label: row
+        label: row if paired_alike else {key: None if key.startswith("paired_") else value for key, value in row.items()}
         for label, row in rows.items()
         if (same_mixtures or _is_dense(label) or _is_version(label))
         and all(row.get(key) == dense.get(key) for key in ("protocol", "timing", "samples"))

@@ -156,9 +156,14 @@ def measured_under(protocol: Mapping[str, Any], rows: Iterable[Mapping[str, Any]
     )
 
 
+def sampler_of(metrics: Mapping[str, Any]) -> SamplerRef:
+    """With what a row was drawn."""
+    return SamplerRef.from_json(metrics["sampler"])
+
+
 def sampler(metrics: Mapping[str, Any]) -> str:
-    """With what a row was drawn: ``ddim:50``, or ``ddim:50 eta 0.5``."""
-    found = SamplerRef.from_json(metrics["sampler"])
+    """``ddim:50``, or with scaled noise ``ddim:50:1.002``, or ``ddim:50 eta 0.5``."""
+    found = sampler_of(metrics)
     return found.name + (f" eta {found.eta:g}" if found.eta else "")
 
 

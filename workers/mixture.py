@@ -120,8 +120,11 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
     def scale_epsilon(self, epsilon_scale: float) -> MixtureDenoiser:
         """Divide the noise that every expert predicts by ``epsilon_scale`` (epsilon scaling, arXiv 2308.15321). The inverse undoes it.
 
-        It goes into the last layer's weights, since rounding an output to bfloat16 would lose a factor of 1.002.
+        It goes into the last layer's weights. Raises: InputError unless they are float32, since bfloat16 rounds a factor of 1.002 away
+        (convert afterwards: rounded as they are then, the weights hold it on average), or under ``residency``.
         """
+        if self._residency is not None or self.dtype != torch.float32:
+            raise InputError("scale_epsilon changes float32 weights: call it before the mixture is converted, or its experts come and go")
         for expert in self.experts:
             last: Any = expert.conv_out
             for parameter in last.parameters():

@@ -18,7 +18,7 @@ from PIL import Image
 from orchestrator import cli_evaluate, evaluation
 from orchestrator.cli import main
 from orchestrator.config import load_job
-from orchestrator.results import commit
+from orchestrator.results import collect, commit, load
 from workers import evaluate, families, tasks_evaluate
 from workers.contracts import InputError, Protocol
 from workers.latency import device_name
@@ -178,6 +178,11 @@ def test_scaled_noise_has_rows_of_its_own_beside_the_plain_ones(home, first):
     for label, row in anew["rows"].items():
         assert row["paired_mse"] == scaled["rows"][label]["paired_mse"], f"{label} against another dense"
     assert anew["rows"]["dense ddim:4"]["paired_mse"] > 0
+    fewer = table(home, "sampler.epsilon_scale=1.02", "evaluate.dense=[]", f"storage.path={home}/both")
+    assert list(fewer["rows"]) == ["dense"]
+    [run] = (home / "both").glob("small*")
+    held = {row["sampler"]: row["paired_mse"] for row in collect([load(run)])["rows"]}
+    assert held["ddim:4:1.02"] == 0 and held["ddim:2"] is None, "the one that was measured is against another dense"
 
 
 def test_only_predicted_noise_can_be_scaled(home, tmp_path):

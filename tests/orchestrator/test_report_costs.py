@@ -13,7 +13,7 @@ from PIL import Image
 
 from orchestrator import evidence, figures, figures_quality, remarks, report, words
 from tests.orchestrator.test_report import SITES, finished_run, said
-from workers.contracts import Budget, InputError
+from workers.contracts import Budget, InputError, SamplerRef
 from workers.latency_table import LatencyIdentity, LatencyTable, LatencyValidation
 
 MIXED = {"budgets": (0.65, 0.5), "metrics_of": ("macs", "latency")}
@@ -181,6 +181,29 @@ def test_a_mixture_that_fewer_steps_beat_is_warned_of(tmp_path: Path) -> None:
     assert is_better in [remark.text for remark in remarks.remarks(worse) if remark.level == "warning"]
     paired = with_fewer_steps(tmp_path / "c", {})
     assert any("MSE to dense" in remark.text and "fewer steps (ddim:5) is better" in remark.text for remark in remarks.remarks(paired))
+
+
+def test_a_rival_whose_noise_is_scaled_otherwise_is_none(tmp_path: Path) -> None:
+    e = with_fewer_steps(tmp_path, {"dense": 1.5, "dense ddim:5": 1.9, "50% mixture": 2.0})
+    rival, scaled = e.measured[1], SamplerRef("ddim", 5, 0.0, 1.002)
+    e = replace(e, measured=(e.measured[0], replace(rival, metrics={**rival.metrics, "sampler": scaled.to_json()}), *e.measured[2:]))
+    assert not any("fewer steps" in remark.text for remark in remarks.remarks(e))
+
+
+def test_dense_rows_of_the_usual_scale_are_a_line_and_others_hollow() -> None:
+    point = figures_quality.Point(0.5, 0.5, 1.0, "")
+    rows = [(text, point) for text in ("ddim:50", "ddim:25", "ddim:50:1.002", "dpmpp:20:1.002 eta 0.5")]
+    plain, scaled = (figures_quality._dense_lines(rows, usual) for usual in ("ddim:50", "ddim:20:1.002"))
+    assert [(s.name, [p.note for p in s.points]) for s in plain] == [
+        ("dense, ddim (number: steps)", ["50", "25"]),
+        ("dense, ddim, noise scaled (steps / by what)", ["50 / 1.002"]),
+        ("dense, dpmpp, noise scaled (steps / by what)", ["20 / 1.002"]),
+    ]
+    assert [(s.name, [p.note for p in s.points]) for s in scaled] == [
+        ("dense, ddim (number: steps)", ["50"]),
+        ("dense, dpmpp (number: steps)", ["20"]),
+        ("dense, ddim, noise scaled (steps / by what)", ["50 / 1", "25 / 1"]),
+    ]
 
 
 def test_distances_are_columns_where_they_were_measured_and_decide_the_picture(tmp_path: Path) -> None:

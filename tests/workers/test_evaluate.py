@@ -257,6 +257,8 @@ def test_a_scale_too_small_for_the_rounding_of_bfloat16_holds_there_too(emoji):
     predicted = [copy.deepcopy(m).bfloat16()(x, 500).sample.double() for m in (mixture, copy.deepcopy(mixture).scale_epsilon(1.002))]
     ratio = (predicted[0] * predicted[1]).sum() / predicted[1].square().sum()
     assert float(ratio.detach()) == pytest.approx(1.002, abs=4e-4)
+    with pytest.raises(InputError, match="scale_epsilon changes float32 weights"):
+        mixture.bfloat16().scale_epsilon(1.002)
 
 
 def test_what_fills_the_last_batch_up_is_thrown_away(task, emoji):
