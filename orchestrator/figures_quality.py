@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from orchestrator.evidence import Evidence, Measured
 from orchestrator.figures import ALLOCATIONS, AXIS, DASHES, DPI, GREEN, INK, KINDS, MUTED, RED, WIDTH, _dash, _png
@@ -110,6 +110,7 @@ def _pareto(series: Sequence[Series], quality: str, level: float = math.nan) -> 
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(7))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
         axes.set(title=f"Quality against {name}", xlabel=label)
         axes.margins(x=0.12, y=0.12)

@@ -18,7 +18,7 @@ FEW_STEPS = 2
 
 
 def percent(ratio: float) -> str:
-    return f"{100 * ratio:.3g}%"
+    return f"{100 * ratio:,.0f}%" if ratio >= 10 else f"{100 * ratio:.3g}%"
 
 
 def sig(value: float) -> str:
