@@ -125,9 +125,9 @@ class MixtureDenoiser(Delegation, Travelling, ConfigMixin):
         """
         if self._residency is not None or self.dtype != torch.float32:
             raise InputError("scale_epsilon changes float32 weights: call it before the mixture is converted, or its experts come and go")
+        output = families.of_class(self.config["base"]).OUTPUT
         for expert in self.experts:
-            last: Any = expert.conv_out
-            for parameter in last.parameters():
+            for parameter in expert.get_submodule(output).parameters():
                 parameter /= epsilon_scale
         return self
 

@@ -160,6 +160,14 @@ def test_dense_spec_equals_pretrained_output_exactly(subject):
     assert torch.equal(subject.active(), subject.dense_output())
 
 
+def test_the_output_is_linear_in_the_layer_that_makes_it(subject):
+    scaled = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        for parameter in scaled.get_submodule(families.family_of_config(subject.config).OUTPUT).parameters():
+            parameter *= 2
+    assert torch.equal(subject.output(scaled), 2 * subject.dense_output())
+
+
 def test_reordering_the_units_does_not_change_the_function(subject):
     turned, gen = copy.deepcopy(subject.model), torch.Generator().manual_seed(0)
     orders = {b.site.name: [torch.randperm(b.units, generator=gen).tolist() for _ in range(b.groups)] for b in subject.branches}

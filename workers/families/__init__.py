@@ -2,6 +2,7 @@
 
 A family module defines
     CLASS_NAMES                     the classes in the model's config.json that it handles
+    OUTPUT                          the module that makes the output, which is linear in its parameters
     model_class(config)             the class, a diffusers ModelMixin, of the model of that config
     check(config) -> None           raises InputError for a config it cannot handle
     sites(model, settings)          its elastic branches

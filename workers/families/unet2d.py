@@ -17,6 +17,7 @@ from workers.contracts import ElasticSettings, InputError
 from workers.elastic import Branch
 
 CLASS_NAMES = ("UNet2DModel", "UNet2DModelWithHeads")
+OUTPUT = "conv_out"
 
 
 class UNet2DModelWithHeads(UNet2DModel):

@@ -13,6 +13,7 @@ from workers.contracts import InputError
 from workers.families import unet2d
 
 CLASS_NAMES = ("UNet2DConditionModel",)
+OUTPUT = "conv_out"
 OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds")
 
 sites = unet2d.sites
