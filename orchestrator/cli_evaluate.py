@@ -39,7 +39,7 @@ def evaluate(
     more: bool,
     as_json: bool,
 ) -> None:
-    """Measure the dense model, also under the samplers of evaluate.dense, and the run's mixtures; print one table.
+    """Measure the dense model and the run's mixtures, also under the samplers of evaluate.dense and evaluate.mixtures; print one table.
 
     What was measured before under the same protocol is not measured again. Before there are mixtures, the rows of the dense model.
     """
@@ -108,10 +108,11 @@ def _context(prepared: Prepared) -> Context:
 
 
 def _chosen(rows: dict[str, Row], only: Sequence[str]) -> dict[str, Row]:
-    """The rows asked for, and dense. Raises: InputError."""
+    """The rows asked for, dense, and the same mixtures under their own sampler. Raises: InputError."""
     if odd := [label for label in only if label not in rows]:
         raise InputError(f"--only {odd[0]!r} is no row of this job: known are {', '.join(rows)}")
-    return {label: row for label, row in rows.items() if not only or label in only or label == "dense"}
+    needed = {"dense", *only, *(network for label in only if (network := rows[label].network))}
+    return {label: row for label, row in rows.items() if not only or label in needed}
 
 
 def text(found: Mapping[str, Any], more: bool = False) -> str:

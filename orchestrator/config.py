@@ -259,6 +259,7 @@ class Evaluate(Section):
         description="More rows of the dense model: SCHEDULER:STEPS, e.g. ddim:25 or dpmpp:10; what fewer steps give for the same cost. "
         "SCHEDULER:STEPS:EPSILON_SCALE divides the noise that it predicts, else it is as it is.",
     )
+    mixtures: list[str] = Field([], description="The same for more rows of every mixture, which stays as it was planned.")
     frechet_samples: int = Field(0, ge=0, description="Generated images behind the Frechet and kernel distances; 0 leaves them out.")
     extractor: str | None = Field(
         None, min_length=1, description="Whose features are compared: a file of workers/extractors, or package.module:function."
@@ -413,6 +414,7 @@ def _check_names(config: JobConfig) -> None:
         "router.seeds": config.router.seeds,
         "finetune.compare": config.finetune.compare,
         "evaluate.dense": config.evaluate.dense,
+        "evaluate.mixtures": config.evaluate.mixtures,
     }
     for name, values in lists.items():
         if len(set(values)) != len(values):

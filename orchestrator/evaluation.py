@@ -40,7 +40,7 @@ from workers.protocol import common_protocol
 from workers.rows import ReferenceTask, RowTask
 
 DENSE, FOLDER = "dense", "evaluation"
-DENSE_ROW = re.compile(r"([a-z-]+):([1-9][0-9]*)(?::([0-9]*\.?[0-9]+))?")
+FURTHER_ROW = re.compile(r"([a-z-]+):([1-9][0-9]*)(?::([0-9]*\.?[0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -53,51 +53,52 @@ class Row:
     made_from: Sequence[Any]
     told: Mapping[str, Any] = field(default_factory=dict)
     """What the table says of it beside what is measured: ``agent`` (who found its plan), ``trained_images`` and ``trainer_seconds``."""
-
-    @property
-    def same_network(self) -> bool:
-        """The dense model under another sampler than the job's."""
-        return self.ref.plan is None and self.ref.label != DENSE
+    network: str | None = None
+    """Label of the row before it of the same denoiser, this one being under a further sampler."""
 
 
 def job_sampler(job: JobConfig) -> SamplerRef:
     return SamplerRef(job.sampler.scheduler, job.sampler.steps, job.sampler.eta, job.sampler.epsilon_scale)
 
 
-def dense_samplers(job: JobConfig) -> list[SamplerRef]:
-    """Those of evaluate.dense, without the job's own. Raises: InputError for one that is none, or is named twice."""
+def further_samplers(job: JobConfig, key: str) -> list[SamplerRef]:
+    """Those of ``key``, dense or mixtures, without the job's own. Raises: InputError for one that is none, or is named twice."""
     found: dict[str, SamplerRef] = {}
-    for text in job.evaluate.dense:
-        told = DENSE_ROW.fullmatch(text)
+    for text in getattr(job.evaluate, key):
+        told = FURTHER_ROW.fullmatch(text)
         if told is None or told[1] not in diffusion.SAMPLERS:
             known = ", ".join(diffusion.SAMPLERS)
             raise InputError(
-                f"evaluate.dense: {text!r} is not SCHEDULER:STEPS or SCHEDULER:STEPS:EPSILON_SCALE, e.g. ddim:25 or ddim:25:1.002; "
+                f"evaluate.{key}: {text!r} is not SCHEDULER:STEPS or SCHEDULER:STEPS:EPSILON_SCALE, e.g. ddim:25 or ddim:25:1.002; "
                 f"schedulers are {known}"
             )
         eta = job.sampler.eta if told[1].startswith("ddim") else 0.0
         sampler = SamplerRef(told[1], int(told[2]), eta, float(told[3] or 1))
         if not LEAST_SCALE <= sampler.epsilon_scale <= MOST_SCALE:
-            raise InputError(f"evaluate.dense: {text!r} scales noise by {told[3]}: it must be from {LEAST_SCALE} to {MOST_SCALE}")
+            raise InputError(f"evaluate.{key}: {text!r} scales noise by {told[3]}: it must be from {LEAST_SCALE} to {MOST_SCALE}")
         if sampler.name in found:
-            raise InputError(f"evaluate.dense names {sampler.name} twice")
+            raise InputError(f"evaluate.{key} names {sampler.name} twice")
         found[sampler.name] = sampler
     return [sampler for name, sampler in found.items() if name != job_sampler(job).name]
 
 
 def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition) -> dict[str, Row]:
-    """Every row by its label: dense, dense under other samplers, and the rest."""
+    """Every row by its label: dense, dense under other samplers, and the rest, what is published under other samplers too."""
     job, sampler = ctx.job, job_sampler(ctx.job)
     dense_from = [ctx.identity[key] for key in ("model", "first_stage", "data.path")]
     dense_from += [job.seed, job.data.model_dump(mode="json", include={"holdout", "resize", "on_error", "latent_dtype", "encode_math"})]
     rows = {DENSE: Row(denoisers[DENSE], sampler, cuts, dense_from)}
-    for other in dense_samplers(job):
+    for other in further_samplers(job, "dense"):
         label = f"{DENSE} {other.name}"
-        rows[label] = Row(DenoiserRef(label), other, cuts, dense_from)
+        rows[label] = Row(DenoiserRef(label), other, cuts, dense_from, network=DENSE)
     for label, ref in denoisers.items():
         if label != DENSE:
             drawn = sampler if ref.folder is None else replace(sampler, epsilon_scale=ref.epsilon_scale)
-            rows[label] = Row(ref, drawn, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref), _told(ctx, ref))
+            rows[label] = row = Row(ref, drawn, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref), _told(ctx, ref))
+            for other in further_samplers(job, "mixtures") if " " not in label else ():  # those of baselines have a space
+                if other != drawn:
+                    further = f"{label} {other.name}"
+                    rows[further] = replace(row, ref=replace(ref, label=further), sampler=other, network=label)
     return rows
 
 
@@ -171,7 +172,7 @@ def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequen
             protocol=protocol,
             out=str(files[label]),
             dense=None if label == DENSE else str(files[DENSE]),
-            same_network=rows[label].same_network,
+            network=None if (network := rows[label].network) is None else str(files[network]),
             reference=reference,
             kid_reference=kid_reference,
             lpips=ctx.job.evaluate.lpips,
@@ -189,7 +190,7 @@ def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequen
 def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[int], stage: str) -> tuple[EvaluateTask, ...]:
     """A row's work, shared out in whole batches: any number of shards computes the same. Every image has the same noise for every row."""
     job, settings, count = ctx.job, ctx.job.evaluate, ctx.job.evaluate.shards
-    losses = _whole_batches([] if row.same_network else held_out[: settings.images], settings.batch_size, count)
+    losses = _whole_batches(held_out[: settings.images] if row.network is None else [], settings.batch_size, count)
     paired = _whole_batches(_seeds(job, "sample", settings.samples), settings.batch_size, count)
     far = _whole_batches(_seeds(job, "frechet", settings.frechet_samples), settings.batch_size, count)
     return tuple(
@@ -263,12 +264,12 @@ def check(job: JobConfig, scheduler: dict[str, Any], channels: int, size: int) -
     Raises: InputError, before anything is computed.
     """
     settings, predicts = job.evaluate, diffusion.NoiseSchedule(scheduler).prediction_type
-    for sampler in (job_sampler(job), *dense_samplers(job)):
+    for sampler in (job_sampler(job), *further_samplers(job, "dense"), *further_samplers(job, "mixtures")):
         diffusion.sampler_timesteps(sampler.scheduler, scheduler, sampler.steps)
         if sampler.epsilon_scale != 1 and predicts != "epsilon":
             raise InputError(
-                f"sampler.epsilon_scale, or that of a row of evaluate.dense, is {sampler.epsilon_scale:g}, but the model predicts "
-                f"{predicts}, not noise: set it to 1"
+                f"sampler.epsilon_scale, or that of a row of evaluate.dense or evaluate.mixtures, is {sampler.epsilon_scale:g}, "
+                f"but the model predicts {predicts}, not noise: set it to 1"
             )
     found = {"evaluate.lpips": "" if settings.lpips is None else evaluate.lpips_digest(settings.lpips)}
     ref = extractor_of(job)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Measured:
     """One row of the evaluation: ``kind`` is dense, mixture, another agent's name, or cut only; ``plan`` is None for dense.
 
-    ``sampler`` is empty for the job's own; else dense was drawn with it, as in ``ddim:25``.
+    ``sampler`` is empty for the job's own; else this was drawn with it, as in ``ddim:25``.
     """
 
     kind: str
@@ -68,7 +68,7 @@ Points = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report looks at. ``measured``: dense first, also under other samplers, then by budget."""
+    """Everything the report looks at. ``measured``: dense first, then by budget, what is under further samplers after its own row."""
 
     prepared: Prepared
     results: Mapping[str, dict[str, Any]]
@@ -150,8 +150,7 @@ def gather(prepared: Prepared) -> Evidence:
     samples = {label: samples_of(prepared.store.folder / file) for label, file in results["publish"]["rows"].items()}
     common_protocol(metrics)
     measured = [Measured("dense", None, metrics["dense"], samples["dense"])]
-    others = (label for label in metrics if label.startswith("dense "))
-    measured += [Measured("dense", None, metrics[label], samples[label], sampler=label.removeprefix("dense ")) for label in others]
+    measured += _further(measured[0], "dense", metrics, samples)
     for best in chosen:
         at = [trial for trial in trials if trial.budget == best.budget]
         for kind in ("mixture", *dict.fromkeys(trial.agent for trial in at), CUT_ONLY):
@@ -161,6 +160,7 @@ def gather(prepared: Prepared) -> Evidence:
                 names = [] if kind == CUT_ONLY else [unit(label, interval) for interval in plan.partition.intervals]
                 experts = tuple(ExpertCheckpoint.from_json(trained[name]) for name in names)
                 measured.append(Measured(kind, plan, metrics[label], samples[label], experts, same_as=metrics[label].get("same_as", "")))
+                measured += _further(measured[-1], label, metrics, samples)
     cut = results["partition"]
     partitions = {"chosen": cut, **cut["baselines"]}
     return Evidence(
@@ -177,6 +177,13 @@ def gather(prepared: Prepared) -> Evidence:
         classes=_classes(prepared, len(samples["dense"])),
         latency=_latency_table(prepared.store.folder / "cache", chosen),
     )
+
+
+def _further(row: Measured, label: str, metrics: Mapping[str, Any], samples: Mapping[str, np.ndarray]) -> list[Measured]:
+    """The same denoiser under the samplers that follow its ``label``."""
+    names = {name: name.removeprefix(f"{label} ") for name in metrics if name.startswith(f"{label} ")}
+    found = {name: rest for name, rest in names.items() if ":" in rest}  # else an agent's
+    return [replace(row, metrics=metrics[name], samples=samples[name], sampler=rest) for name, rest in found.items()]
 
 
 def _classes(prepared: Prepared, samples: int) -> tuple[int, ...] | None:

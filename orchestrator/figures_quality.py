@@ -55,8 +55,9 @@ def pareto(e: Evidence) -> Figure:
     colours = {**dict(zip(others, cycle((GREEN, RED, *COLOURS[4:])), strict=False)), **KINDS}
     allocations = {**ALLOCATIONS, **{kind: f"{kind}, trained alike" for kind in others}}
     for (kind, words), marker in zip(allocations.items(), cycle(MARKERS), strict=False):
-        points = [point(m, m.budget if kind == "mixture" else "") for m in e.distinct if m.plan and m.kind == kind]
+        points = [point(m, m.budget if kind == "mixture" else "") for m in e.distinct if m.plan and m.kind == kind and not m.sampler]
         series.append(Series(words, points, _marks(colours[kind], marker), {**BELOW, "color": colours[kind]}))
+    series += _mixtures_under_further_samplers([(m.budget, m.sampler, point(m, "")) for m in e.distinct if m.plan and m.sampler])
     return _pareto(series, e.quality, e.unrelated_mse if e.quality == "paired_mse" else math.nan)
 
 
@@ -73,7 +74,7 @@ def pareto_of_runs(found: Mapping[str, Any]) -> Figure:
         budget, _, kind = row["label"].partition(" ")
         point = Point(row["macs"], _number(row["relative_time"]), _number(row[quality]), _budget(budget), row["std"].get(quality) or 0.0)
         if row["run"]:
-            alike.setdefault((row["run"], kind), []).append(point if not kind else point._replace(note=""))
+            alike.setdefault((row["run"], kind), []).append(point if not kind or ":" in kind else point._replace(note=""))
             markers.setdefault(kind, MARKERS[len(markers) % len(MARKERS)])
         else:
             dense.append((row["sampler"], point))
@@ -134,15 +135,11 @@ def _dense_lines(rows: Sequence[tuple[str, Point]], usual: str) -> list[Series]:
     """One line per scheduler of (`words.sampler`, point), a point per number of steps; beside the lines, hollow, those whose noise is
     scaled otherwise than that of the ``usual`` sampler. Dense itself is no distance from itself, so a paired error has no such point."""
 
-    def parts(drawn_with: str) -> list[str]:
-        scheduler, steps, *scale = drawn_with.partition(" ")[0].split(":")
-        return [scheduler, steps, *(scale or ["1"])]
-
     lines: dict[str, list[Point]] = {}
     scaled: dict[str, list[Point]] = {}
     for drawn_with, point in rows:
-        scheduler, steps, scale = parts(drawn_with)
-        if scale == parts(usual)[2]:
+        scheduler, steps, scale = _parts(drawn_with)
+        if scale == _parts(usual)[2]:
             lines.setdefault(scheduler, []).append(point._replace(note=steps))
         else:
             scaled.setdefault(scheduler, []).append(point._replace(note=f"{steps} / {scale}"))
@@ -157,6 +154,25 @@ def _dense_lines(rows: Sequence[tuple[str, Point]], usual: str) -> list[Series]:
         for (scheduler, points), marker in zip(scaled.items(), cycle(MARKERS), strict=False)
     ]
     return [series for series in found if any(point.quality > 0 for point in series.points)]
+
+
+def _mixtures_under_further_samplers(rows: Sequence[tuple[str, str, Point]]) -> list[Series]:
+    """Hollow points, one series per scheduler of (budget, `Measured.sampler`, point)."""
+    found: dict[str, list[Point]] = {}
+    for budget, drawn_with, point in rows:
+        scheduler, steps, scale = _parts(drawn_with)
+        found.setdefault(scheduler, []).append(point._replace(note=f"{budget}\n{steps} / {scale}"))
+    colour, notes = KINDS["mixture"], {**ABOVE, "xytext": (5, -8), "color": KINDS["mixture"]}
+    return [
+        Series(f"mixtures, {scheduler} (steps / noise by what)", points, {**_marks(colour, marker), "markerfacecolor": "white"}, notes)
+        for (scheduler, points), marker in zip(found.items(), cycle(MARKERS), strict=False)
+    ]
+
+
+def _parts(drawn_with: str) -> tuple[str, str, str]:
+    """Scheduler, steps and scale of ``ddim:25``, ``ddim:25:1.002`` or ``ddim:25 eta 0.5``."""
+    scheduler, steps, *scale = drawn_with.partition(" ")[0].split(":")
+    return scheduler, steps, scale[0] if scale else "1"
 
 
 @_png

@@ -266,7 +266,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "specialize": f"{experts} trainers",
         "route": f"{sum(len(work.units) for work in works['route'] if work.task.startswith('search'))} searches",
         "finetune": f"{copies * experts * len(job.budgets)} trainers",
-        "publish": f"{1 + len(evaluation.dense_samplers(job)) + (copies + 1) * len(job.budgets)} models",
+        "publish": f"{sum(len(work.units) for work in works['publish'])} rows",
     }
     unsure = {"specialize", "finetune"} if job.partition.experts == "auto" else set()
     unsure |= {"finetune"} if copies * len(job.budgets) > 1 else set()  # equal ones are trained once

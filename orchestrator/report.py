@@ -143,14 +143,15 @@ def key_rows(e: Evidence, columns: Sequence[Column]) -> dict[str, list[Row]]:
     """Budget -> rows of (name, cells of (text, whether it reads as the best of its budget)); dense stands under an empty name."""
     groups: dict[str, list[Row]] = {}
     for row, m in enumerate(e.measured):
-        rivals = [i for i, other in enumerate(e.measured) if other.budget == m.budget]
+        rivals = [i for i, other in enumerate(e.measured) if other.budget == m.budget and not other.sampler]
         cells = []
         for column in columns:
             finite = [column.values[i] for i in rivals if math.isfinite(column.values[i])]
-            best = column.best(finite) if column.best and m.plan and len(rivals) > 1 and finite else None
+            best = column.best(finite) if column.best and m.plan and not m.sampler and len(rivals) > 1 and finite else None
             cells.append((column.text(row), best is not None and column.text(row) == format(best, column.form)))
-        allocation = figures.ALLOCATIONS.get(m.kind) or (f"{m.kind}, trained alike" if m.plan else f"{m.kind} {m.sampler}".strip())
+        allocation = figures.ALLOCATIONS.get(m.kind) or (f"{m.kind}, trained alike" if m.plan else m.kind)
         name = f"mixture ({m.plan.agent})" if m.plan and m.kind == "mixture" else allocation
+        name += f" {m.sampler}" if m.sampler else ""
         name += f" = {m.same_as}" if m.same_as else ""
         groups.setdefault(of_dense(m.plan.budget) if m.plan else "", []).append((name, cells))
     return groups
@@ -202,7 +203,7 @@ def draw(e: Evidence) -> dict[str, bytes]:
     drawn = {
         "samples": figures.samples(shown, e.classes),
         "pareto": figures_quality.pareto(e),
-        "timesteps": figures_quality.timesteps(e.distinct, e.partition.boundaries),
+        "timesteps": figures_quality.timesteps([m for m in e.distinct if not m.sampler], e.partition.boundaries),
         "similarity": figures.similarity(e.matrix, e.partitions, cut["boundary_frequency"], curve),
         "architecture": figures.architecture(plans, e.prepared.table.space.sites),
         "cost": figures.cost(plans),
@@ -254,7 +255,7 @@ def build(prepared: Prepared) -> Path:
         measured_under=measured_under(e.dense.metrics["protocol"], [m.metrics for m in e.measured])
         if e.dense.metrics.get("protocol")
         else "",
-        faster=any(m.sampler for m in e.measured),
+        faster=any(m.sampler for m in e.measured if m.plan is None),
         timing=timing(latency.batch, latency.dtype, latency.compile, latency.cuda_graphs, latency.fused_kernels),
         device=e.dense.metrics.get("device") or "this run's device",
         pipeline=_pipeline_class(prepared.job.model.path),

@@ -168,7 +168,7 @@ def holding(rows: Mapping[str, Any], dense: Mapping[str, Any], same_mixtures: bo
 
 
 def _is_version(label: str) -> bool:
-    return not _is_dense(label) and ":" in label
+    return not _is_dense(label) and ":" in label.partition(" ")[0]
 
 
 def _is_dense(label: str) -> bool:
@@ -300,7 +300,7 @@ def _row(run: Run, name: str, label: str, metrics: Mapping[str, Any], first: Run
 def _agent(run: Run, label: str) -> str | None:
     """Who found the plan of a mixture whose row does not say so: its label does, or the run."""
     budget, _, kind = label.partition(" ")
-    return "uniform" if kind == CUT_ONLY else kind or run.agents.get(budget)
+    return "uniform" if kind == CUT_ONLY else kind if kind and ":" not in kind else run.agents.get(budget)
 
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:

@@ -305,9 +305,9 @@ STAGES = (
             "registry",
         ),
         ignores=tuple(  # how work is shared out; and files, which are known by what they hold
-            f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference", "kid_reference", "lpips")
+            f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference", "kid_reference", "lpips", "mixtures")
         ),
-        later={"sampler.epsilon_scale": 1.0},
+        later={"sampler.epsilon_scale": 1.0, "evaluate.mixtures": []},
         version=2,
         holds=lambda result: all(is_published(version["path"]) for version in result["published"].values()),
         fills=evaluation.FOLDER,

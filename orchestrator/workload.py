@@ -43,7 +43,8 @@ def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[W
     dense_samples = float(influenced * min(job.sampler.steps, influence.STEPS))
     drawn = job.evaluate.samples + job.evaluate.frechet_samples
     row = job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps
-    rows: list[float] = [row, *(drawn * sampler.steps for sampler in evaluation.dense_samplers(job))]
+    dense, mixtures = ([float(drawn * s.steps) for s in evaluation.further_samplers(job, key)] for key in ("dense", "mixtures"))
+    rows = [row, *dense, *(further * ratio for ratio in ratios for further in mixtures)]
     rows += [row * ratio for ratio in ratios for _ in range(copies + job.evaluate.cut_only)]
     return {
         "analyze": (Work("embed_timesteps", (float(gradient if needs_model else 0),), job.similarity.timesteps),),

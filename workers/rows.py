@@ -26,8 +26,8 @@ class RowTask(Record):
     out: str
     dense: str | None = None
     """``out`` of the dense model under the job's sampler, which comes first; None: this is it."""
-    same_network: bool = False
-    """It is the dense model under another sampler: what a step costs and the denoising loss are known."""
+    network: str | None = None
+    """``out`` of a row before it that is the same denoiser under another sampler: what a step costs and the denoising loss are known."""
     reference: str | None = None
     """The statistics (npz) that features are compared with, perhaps followed by ``:PREFIX``."""
     kid_reference: str | None = None

@@ -154,7 +154,7 @@ def summarise(session: Session, items: tuple[RowTask, ...]) -> list[str]:
     started, dense_ms = time.time(), math.nan
     for done, item in enumerate(items, 1):
         if not Path(item.out).exists():
-            if item.dense is not None and not item.same_network and math.isnan(dense_ms):
+            if item.dense is not None and item.network is None and math.isnan(dense_ms):
                 dense_ms = _costs(session, replace(item.shards[0], denoiser=DenoiserRef("dense")))["ms_per_step"]
             row = _row(session, item, dense_ms)
             dense_ms = row["ms_per_step"] if item.dense is None else dense_ms
@@ -173,11 +173,11 @@ def _row(session: Session, item: RowTask, dense_ms: float) -> dict[str, Any]:
     """Paired errors, distances, costs and times of one denoiser under one sampler. ``dense_ms``: of a step of dense, timed just now."""
     task, shards = item.shards[0], [dict(np.load(shard.out)) for shard in item.shards]
     samples = _joined(shards, "samples")
-    known = None if item.dense is None else json.loads(Path(item.dense).read_text())
     dense_samples = samples if item.dense is None else np.load(Path(item.dense).with_suffix(".npz"))["samples"]
-    if item.same_network and known is not None:
+    if item.network is not None:
+        known = json.loads(Path(item.network).read_text())
         network = {key: known[key] for key in (*evaluate.LOSSES, *evaluate.COSTS) if key in known}
-        dense_ms = known["ms_per_step"]
+        dense_ms = known["dense_ms_per_step"]
     else:
         losses = _joined(shards, "losses")
         network = {

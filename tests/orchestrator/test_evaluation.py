@@ -188,7 +188,7 @@ def test_scaled_noise_has_rows_of_its_own_beside_the_plain_ones(home, first):
 def test_only_predicted_noise_can_be_scaled(home, tmp_path):
     pipeline = DDPMPipeline.from_pretrained(home / "model")
     DDPMPipeline(pipeline.unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "model")
-    for change in ("sampler.epsilon_scale=1.01", "evaluate.dense=['ddim:2:1.01']"):
+    for change in ("sampler.epsilon_scale=1.01", "evaluate.dense=['ddim:2:1.01']", "evaluate.mixtures=['ddim:2:1.01']"):
         done = command(home, "--set", f"model.path={tmp_path}/model", "--set", f"storage.path={tmp_path}/runs", "--set", change)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
         assert "is 1.01, but the model predicts v_prediction, not noise: set it to 1" in done.stderr
@@ -390,6 +390,8 @@ def test_whole_batches_are_shared_out_in_order():
             "evaluate.dense: 'ddim' is not SCHEDULER:STEPS or SCHEDULER:STEPS:EPSILON_SCALE, e.g. ddim:25 or ddim:25:1.002; schedulers "
             "are ddpm, ddim",
         ),
+        ("evaluate.mixtures=[ddim]", "evaluate.mixtures: 'ddim' is not SCHEDULER:STEPS"),
+        ("evaluate.mixtures=['ddim:2','ddim:2:1']", "evaluate.mixtures names ddim:2 twice"),
         ("evaluate.dense=['ddim:2_0']", "evaluate.dense: 'ddim:2_0' is not SCHEDULER:STEPS"),
         ("evaluate.dense=['ddim:2:1:1']", "evaluate.dense: 'ddim:2:1:1' is not SCHEDULER:STEPS"),
         ("evaluate.dense=['ddim:2:nan']", "evaluate.dense: 'ddim:2:nan' is not SCHEDULER:STEPS"),

@@ -206,6 +206,17 @@ def test_dense_rows_of_the_usual_scale_are_a_line_and_others_hollow() -> None:
     ]
 
 
+def test_mixtures_under_further_samplers_are_hollow_points_that_say_budget_steps_and_scale() -> None:
+    point = figures_quality.Point(0.5, 0.5, 1.0, "")
+    rows = [("50%", "ddim:25", point), ("35%", "dpmpp:10:1.009", point), ("50%", "dpmpp:20:1.004", point)]
+    found = figures_quality._mixtures_under_further_samplers(rows)
+    assert [(s.name, [p.note for p in s.points]) for s in found] == [
+        ("mixtures, ddim (steps / noise by what)", ["50%\n25 / 1"]),
+        ("mixtures, dpmpp (steps / noise by what)", ["35%\n10 / 1.009", "50%\n20 / 1.004"]),
+    ]
+    assert {s.style["markerfacecolor"] for s in found} == {"white"}
+
+
 def test_distances_are_columns_where_they_were_measured_and_decide_the_picture(tmp_path: Path) -> None:
     e = with_fewer_steps(tmp_path, {"dense": 1.5, "dense ddim:5": 9.0, "50% mixture": 2.25, "50% uniform": 3.0})
     columns = {column.title: column for column in report.quality_columns(e)}

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 
 from orchestrator.cli import main
+from orchestrator.evaluation import samples_of
 from orchestrator.registry import Registry
 from workers.contracts import Interval, SamplerRef, derive_seed
 from workers.generate import Surroundings
@@ -402,9 +404,9 @@ def test_a_disk_that_is_full_when_publishing_leaves_the_registry_whole_and_the_s
     assert tree(run.registry) == registry
 
 
-def test_one_more_row_of_dense_is_no_new_version_and_no_table_loses_the_mixtures(run):
+def test_more_rows_are_no_new_version_and_no_table_loses_the_mixtures(run):
     registry, metrics = tree(run.registry), run.done("publish")["result"]["metrics"]
-    more = run.again("--set", "evaluate.dense=[ddim:2]")
+    more = run.again("--set", "evaluate.dense=[ddim:2]", "--set", "evaluate.mixtures=[ddim:3]")
     assert more.exit_code == 0, more.output
     assert stage_lines(more.stderr)[-2:] == [("publish", "running"), ("publish", "finished")]
     assert json.loads(more.stdout)["published"] == run.found["published"]
@@ -415,8 +417,26 @@ def test_one_more_row_of_dense_is_no_new_version_and_no_table_loses_the_mixtures
     found = json.loads(diffpruning("results", run.run, "--json").stdout)
     rows = {(row["label"], row["sampler"]): row for row in found["rows"]}
     mixtures = {(label, "ddim:4:1.05") for label in metrics}
-    assert set(rows) == {*mixtures, ("dense", "ddim:2"), ("dense", "ddim:3")}
+    further = {(f"{budget} ddim:3", "ddim:3") for budget in run.found["published"]}
+    assert set(rows) == {*mixtures, *further, ("dense", "ddim:2"), ("dense", "ddim:3")}
+    assert {rows[label, "ddim:3"]["agent"] for label, _ in further} == {
+        rows[label, "ddim:4:1.05"]["agent"] for label in run.found["published"]
+    }
     assert found["runs"][0]["left_out"] == []
+    names = re.findall(r"<th>mixture \(\w+\)(.*?)</th>", (run.run / "report.html").read_text())
+    assert names[:2] == ["", " ddim:3"]
+
+
+def test_a_mixture_under_a_further_sampler_is_the_same_network_timed_once(run):
+    label = "macs-0.50 ddim:2:1.05"
+    rows = evaluated(run, "--set", "evaluate.mixtures=['ddim:2:1.05']", "--only", label)
+    assert list(rows) == ["dense", "macs-0.50", label]
+    for key in ("ms_per_step", "dense_ms_per_step", "gmacs_per_step", "denoising_loss", "agent", "trained_images"):
+        assert rows[label][key] == rows["macs-0.50"][key]
+    assert rows[label]["relative_time"] == rows["macs-0.50"]["relative_time"] / 2
+    evaluated(run, "--set", "sampler.steps=2", "--version", "small:1", "--only", "small:1")
+    [further], [job] = ((run.run / "evaluation").glob(f"{name}-??????????.npz") for name in ("macs-0.50-ddim-2-1.05", "small-1"))
+    np.testing.assert_allclose(samples_of(further), samples_of(job), atol=1e-4)
 
 
 def test_every_mixture_says_who_found_it_and_what_its_training_took(run):
