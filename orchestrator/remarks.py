@@ -141,6 +141,10 @@ def _agents(e: Evidence, plan: MixturePlan) -> Remark:
         f"{agent} {worth[agent]:.4g} " + ("with the same plan" if trial.experts == era.experts else f"with {dropped(trial)} dropped")
         for agent, trial in ahead.items()
     )
+    if tried and plan.experts == era.experts:
+        closer = both(f"{agent} {worth[agent]:.4g}" for agent in ahead)
+        losses = f"the lowest search loss, {era.loss:.4g}; its samples' {word} is {mine:.4g}, against {closer}, too alike to tell"
+        return Remark("note", f"At {label(plan.budget)}, the plan of {name} is used: {losses}.")
     lost = f"{word} {mine:.4g} with {(count := dropped(era))} branch{'es' * (count != 1)} dropped, against {rest}"
     return Remark("warning", f"{at} {name} did not beat {both(ahead)} here: {lost}. The plan of {plan.agent} is used.")
 

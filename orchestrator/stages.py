@@ -129,15 +129,15 @@ def specialize(ctx: Context) -> dict[str, Any]:
 
 
 def route(ctx: Context) -> dict[str, Any]:
-    """Every agent searches every budget; per budget the plan is chosen whose samples are closest to dense's after a little fine-tuning."""
+    """Every agent searches every budget; per budget a plan is chosen by its search loss, and by its samples after a little fine-tuning."""
     job, train = ctx.job, training_rows(ctx)
     item = calibrate(ctx, route_task(ctx), train)
     budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
     found, counted = search_plans(ctx, item, budgets.values(), agents_of(job), job.router.seeds), read_influence(item)
     plans, spent_s = proxies.compare(ctx, item, train, found.plans)
-    chosen = {name: min((p for p in plans if p.budget == budget), key=lambda p: p.rank) for name, budget in budgets.items()}
+    chosen = {name: proxies.choose([p for p in plans if p.budget == budget]) for name, budget in budgets.items()}
     for name, plan in chosen.items():
-        told = merits([p for p in plans if p.budget == plan.budget], job.proxy_steps)
+        told = merits(plan, [p for p in plans if p.budget == plan.budget], job.proxy_steps)
         ctx.say(f"  {name}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} ({told})")
     if found.known:
         ctx.say(f"  {found.known} of the {len(plans)} plans were there from earlier searches")
