@@ -6,8 +6,7 @@ sampler. Both lie in the run folder's cache, as good as new while the experts' w
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,20 +93,14 @@ def _distances(ctx: Context, task: InfluenceTask, keys: list[Any]) -> dict[str, 
         ctx.reused = True
         return known
     task = replace(task, dense=str(out.with_suffix(".npz")))
-    with dense_samples(ctx, task) as seconds:
-        found = ctx.cluster.scatter(tasks_route.expert_influence, [(task, k) for k in range(len(item.experts))])
-        seconds += sum(ctx.cluster.calls[-1].units)
+    ctx.cluster.scatter(tasks_route.draw_dense, [task])
+    seconds = sum(ctx.cluster.calls[-1].units)
+    found = ctx.cluster.scatter(tasks_route.expert_influence, [(task, k) for k in range(len(item.experts))])
+    seconds += sum(ctx.cluster.calls[-1].units)
+    remove(Path(task.dense))
     distances, errors = ([pair[i] for pair in found] for i in (0, 1))
     write_json(out, {"distances": distances, "errors": errors, "seconds": round(seconds, 2)})
     return _read(str(out))
-
-
-@contextlib.contextmanager
-def dense_samples(ctx: Context, task: InfluenceTask) -> Iterator[float]:
-    """While it lasts, dense's samples are at ``task.dense``; the seconds that they took."""
-    ctx.cluster.scatter(tasks_route.draw_dense, [task])
-    yield sum(ctx.cluster.calls[-1].units)
-    remove(Path(task.dense))
 
 
 def _file(ctx: Context, kind: str, experts: Sequence[ExpertCheckpoint], settings: list[Any]) -> Path:

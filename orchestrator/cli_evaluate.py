@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("job")
 @set_option
-@click.option("--only", multiple=True, metavar="LABEL", help="Rows to measure, e.g. macs-0.50 or 'dense ddim:25'; dense comes with them.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="LABEL",
+    help="Rows to measure, e.g. macs-0.50, 'macs-0.50 ddim:25' or 'dense ddim:25'; dense comes with them.",
+)
 @click.option("--version", "versions", multiple=True, metavar="MODEL[@alias|:version]", help="A published mixture as one more row.")
 @click.option("--inline", is_flag=True, help="Run everything in this process, one after the other, without Ray.")
 @columns_option
@@ -111,7 +116,7 @@ def _chosen(rows: dict[str, Row], only: Sequence[str]) -> dict[str, Row]:
     """The rows asked for, dense, and the same mixtures under their own sampler. Raises: InputError."""
     if odd := [label for label in only if label not in rows]:
         raise InputError(f"--only {odd[0]!r} is no row of this job: known are {', '.join(rows)}")
-    needed = {"dense", *only, *(network for label in only if (network := rows[label].network))}
+    needed = {"dense", *only, *(base for label in only if (base := rows[label].known_from))}
     return {label: row for label, row in rows.items() if not only or label in needed}
 
 

@@ -191,7 +191,7 @@ class Router(Section):
     proxy_steps: int = Field(
         50,
         ge=0,
-        description="Fine-tuning steps that each agent's plan gets before the one is chosen whose samples are closest to dense's; at most "
+        description="Fine-tuning steps that each agent's plan gets before the one is chosen whose experts are closest to dense; at most "
         "a quarter of finetune.steps. 0: the plan of lowest search loss is chosen.",
     )
     cost_weight: float = Field(4.0, ge=0, description="Weight of |log(cost / budget)| against log(expert loss).")

@@ -53,7 +53,7 @@ class Row:
     made_from: Sequence[Any]
     told: Mapping[str, Any] = field(default_factory=dict)
     """What the table says of it beside what is measured: ``agent`` (who found its plan), ``trained_images`` and ``trainer_seconds``."""
-    network: str | None = None
+    known_from: str | None = None
     """Label of the row before it of the same denoiser, this one being under a further sampler."""
 
 
@@ -62,7 +62,7 @@ def job_sampler(job: JobConfig) -> SamplerRef:
 
 
 def further_samplers(job: JobConfig, key: str) -> list[SamplerRef]:
-    """Those of ``key``, dense or mixtures, without the job's own. Raises: InputError for one that is none, or is named twice."""
+    """Those of ``key``, dense or mixtures. Raises: InputError for one that is none, or is named twice."""
     found: dict[str, SamplerRef] = {}
     for text in getattr(job.evaluate, key):
         told = FURTHER_ROW.fullmatch(text)
@@ -79,7 +79,7 @@ def further_samplers(job: JobConfig, key: str) -> list[SamplerRef]:
         if sampler.name in found:
             raise InputError(f"evaluate.{key} names {sampler.name} twice")
         found[sampler.name] = sampler
-    return [sampler for name, sampler in found.items() if name != job_sampler(job).name]
+    return list(found.values())
 
 
 def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition) -> dict[str, Row]:
@@ -89,16 +89,18 @@ def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition)
     dense_from += [job.seed, job.data.model_dump(mode="json", include={"holdout", "resize", "on_error", "latent_dtype", "encode_math"})]
     rows = {DENSE: Row(denoisers[DENSE], sampler, cuts, dense_from)}
     for other in further_samplers(job, "dense"):
-        label = f"{DENSE} {other.name}"
-        rows[label] = Row(DenoiserRef(label), other, cuts, dense_from, network=DENSE)
+        if other != sampler:
+            label = f"{DENSE} {other.name}"
+            rows[label] = Row(DenoiserRef(label), other, cuts, dense_from, known_from=DENSE)
+    chosen = {job.budget(i).name for i in range(len(job.budgets))}
     for label, ref in denoisers.items():
         if label != DENSE:
             drawn = sampler if ref.folder is None else replace(sampler, epsilon_scale=ref.epsilon_scale)
             rows[label] = row = Row(ref, drawn, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref), _told(ctx, ref))
-            for other in further_samplers(job, "mixtures") if " " not in label else ():  # those of baselines have a space
+            for other in further_samplers(job, "mixtures") if label in chosen or ref.folder is not None else ():
                 if other != drawn:
                     further = f"{label} {other.name}"
-                    rows[further] = replace(row, ref=replace(ref, label=further), sampler=other, network=label)
+                    rows[further] = replace(row, ref=replace(ref, label=further), sampler=other, known_from=label)
     return rows
 
 
@@ -172,7 +174,7 @@ def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequen
             protocol=protocol,
             out=str(files[label]),
             dense=None if label == DENSE else str(files[DENSE]),
-            network=None if (network := rows[label].network) is None else str(files[network]),
+            known_from=None if (base := rows[label].known_from) is None else str(files[base]),
             reference=reference,
             kid_reference=kid_reference,
             lpips=ctx.job.evaluate.lpips,
@@ -190,7 +192,7 @@ def measure(ctx: Context, rows: Mapping[str, Row], images: str, held_out: Sequen
 def _shards(ctx: Context, row: Row, file: Path, images: str, held_out: Sequence[int], stage: str) -> tuple[EvaluateTask, ...]:
     """A row's work, shared out in whole batches: any number of shards computes the same. Every image has the same noise for every row."""
     job, settings, count = ctx.job, ctx.job.evaluate, ctx.job.evaluate.shards
-    losses = _whole_batches(held_out[: settings.images] if row.network is None else [], settings.batch_size, count)
+    losses = _whole_batches(held_out[: settings.images] if row.known_from is None else [], settings.batch_size, count)
     paired = _whole_batches(_seeds(job, "sample", settings.samples), settings.batch_size, count)
     far = _whole_batches(_seeds(job, "frechet", settings.frechet_samples), settings.batch_size, count)
     return tuple(

@@ -36,7 +36,7 @@ class Measured:
     samples: np.ndarray
     """[n, C, H, W] in [-1, 1]; the same n noises for every denoiser."""
     experts: tuple[ExpertCheckpoint, ...] = ()
-    """Empty where nothing was trained."""
+    """Empty where nothing was trained for this row."""
     sampler: str = ""
     same_as: str = ""
     """The label of the row before it that is the same mixture, if there is one."""
@@ -109,7 +109,11 @@ class Evidence:
 
     def macs_ratio(self, m: Measured) -> float:
         """MACs of a whole trajectory, dense's under the job's sampler being 1."""
-        return m.metrics["calls"] / self.dense.metrics["calls"] * (m.plan.macs_ratio if m.plan else 1.0)
+        if m.plan is None or m.sampler:  # a plan's is that under the job's sampler
+            step = float(m.metrics["gmacs_per_step"] / self.dense.metrics["gmacs_per_step"])
+        else:
+            step = m.plan.macs_ratio
+        return float(m.metrics["calls"] / self.dense.metrics["calls"] * step)
 
     def time_ratio(self, m: Measured) -> float:
         """Measured time of a whole trajectory, dense's under the job's sampler being 1."""
@@ -183,7 +187,11 @@ def _further(row: Measured, label: str, metrics: Mapping[str, Any], samples: Map
     """The same denoiser under the samplers that follow its ``label``."""
     names = {name: name.removeprefix(f"{label} ") for name in metrics if name.startswith(f"{label} ")}
     found = {name: rest for name, rest in names.items() if ":" in rest}  # else an agent's
-    return [replace(row, metrics=metrics[name], samples=samples[name], sampler=rest) for name, rest in found.items()]
+    told = {name: metrics[name].get("same_as", "") for name in found}
+    return [
+        replace(row, metrics=metrics[name], samples=samples[name], experts=(), sampler=rest, same_as=told[name])
+        for name, rest in found.items()
+    ]
 
 
 def _classes(prepared: Prepared, samples: int) -> tuple[int, ...] | None:

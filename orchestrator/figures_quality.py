@@ -72,9 +72,11 @@ def pareto_of_runs(found: Mapping[str, Any]) -> Figure:
     dense = []
     for row in rows:
         budget, _, kind = row["label"].partition(" ")
+        further = bool(row["run"]) and row["sampler"] != found["sampler"]
         point = Point(row["macs"], _number(row["relative_time"]), _number(row[quality]), _budget(budget), row["std"].get(quality) or 0.0)
         if row["run"]:
-            alike.setdefault((row["run"], kind), []).append(point if not kind or ":" in kind else point._replace(note=""))
+            kind += f" {row['sampler']}" if further else ""
+            alike.setdefault((row["run"], kind), []).append(point if not kind or further else point._replace(note=""))
             markers.setdefault(kind, MARKERS[len(markers) % len(MARKERS)])
         else:
             dense.append((row["sampler"], point))
@@ -118,7 +120,7 @@ def _pareto(series: Sequence[Series], quality: str, level: float = math.nan) -> 
     panels[0].set_ylabel(QUALITIES[quality])
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3 if max(map(len, labels)) < 36 else 2, handlelength=3)
     return figure
 
 
@@ -150,7 +152,7 @@ def _dense_lines(rows: Sequence[tuple[str, Point]], usual: str) -> list[Series]:
     ]
     hollow = {**style, "linestyle": "none", "markerfacecolor": "white"}
     found += [
-        Series(f"dense, {scheduler}, noise scaled (steps / by what)", points, {**hollow, "marker": marker}, {**BELOW, "color": INK})
+        Series(f"dense, {scheduler}, scaled (steps / scale)", points, {**hollow, "marker": marker}, {**BELOW, "color": INK})
         for (scheduler, points), marker in zip(scaled.items(), cycle(MARKERS), strict=False)
     ]
     return [series for series in found if any(point.quality > 0 for point in series.points)]
@@ -164,7 +166,7 @@ def _mixtures_under_further_samplers(rows: Sequence[tuple[str, str, Point]]) -> 
         found.setdefault(scheduler, []).append(point._replace(note=f"{budget}\n{steps} / {scale}"))
     colour, notes = KINDS["mixture"], {**ABOVE, "xytext": (5, -8), "color": KINDS["mixture"]}
     return [
-        Series(f"mixtures, {scheduler} (steps / noise by what)", points, {**_marks(colour, marker), "markerfacecolor": "white"}, notes)
+        Series(f"mixtures, {scheduler} (steps / scale)", points, {**_marks(colour, marker), "markerfacecolor": "white"}, notes)
         for (scheduler, points), marker in zip(found.items(), cycle(MARKERS), strict=False)
     ]
 

@@ -99,8 +99,7 @@ def _against_fewer_steps(e: Evidence, plan: MixturePlan) -> list[Remark]:
     is scaled otherwise is none: so could the mixture's be."""
     mixture, word = e.mixture(plan), QUALITIES[e.quality]
     mine, time = mixture.metrics[e.quality], e.time_ratio(mixture)
-    fewer = [m for m in e.measured if m.sampler and m.plan is None]
-    alike = [m for m in fewer if sampler_of(m.metrics).epsilon_scale == sampler_of(mixture.metrics).epsilon_scale]
+    alike = [m for m in e.measured if m.sampler and sampler_of(m.metrics).epsilon_scale == sampler_of(mixture.metrics).epsilon_scale]
     rivals = [m for m in alike if m.metrics[e.quality] is not None and e.time_ratio(m) <= time]
     if not rivals or mine is None:
         return []
@@ -141,10 +140,6 @@ def _agents(e: Evidence, plan: MixturePlan) -> Remark:
         f"{agent} {worth[agent]:.4g} " + ("with the same plan" if trial.experts == era.experts else f"with {dropped(trial)} dropped")
         for agent, trial in ahead.items()
     )
-    if tried and plan.experts == era.experts:
-        closer = both(f"{agent} {worth[agent]:.4g}" for agent in ahead)
-        losses = f"the lowest search loss, {era.loss:.4g}; its samples' {word} is {mine:.4g}, against {closer}, too alike to tell"
-        return Remark("note", f"At {label(plan.budget)}, the plan of {name} is used: {losses}.")
     lost = f"{word} {mine:.4g} with {(count := dropped(era))} branch{'es' * (count != 1)} dropped, against {rest}"
     return Remark("warning", f"{at} {name} did not beat {both(ahead)} here: {lost}. The plan of {plan.agent} is used.")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jinja2
 
 from orchestrator import __version__, figures, figures_quality
-from orchestrator.evidence import Evidence, curves, gather, trainers, trials_of
+from orchestrator.evidence import Evidence, Measured, curves, gather, trainers, trials_of
 from orchestrator.remarks import RELIABLE, remarks, uncertain_cuts, verdict
 from orchestrator.store import read_json
 from orchestrator.words import FEW_STEPS, dropped, gmacs, kernels, measured_under, of_dense, percent, predicted_ms, sig, span, spent, timing
@@ -58,7 +58,7 @@ def _decimals(values: Sequence[float]) -> str:
 
 
 def _metric(e: Evidence, key: str) -> list[float]:
-    """Of every row; NaN where it was not measured, compares dense with itself, or stands in dense's row already."""
+    """Of every row; NaN where it was not measured, compares dense with itself, or stands in the row of the job's sampler already."""
     known = ["paired" in key and m is e.dense or "loss" in key and bool(m.sampler) for m in e.measured]
     values = [None if skip else m.metrics.get(key) for skip, m in zip(known, e.measured, strict=True)]
     return [math.nan if value is None else float(value) for value in values]
@@ -86,12 +86,18 @@ def cost_columns(e: Evidence) -> list[Column]:
     dense, dense_ms = e.chosen[0].dense_cost, next((plan.dense_cost.latency_ms for plan in e.chosen if predicted_ms(plan)), None)
 
     def weighted(of: Callable[[Cost], int]) -> list[float]:
-        plans = (m.plan for m in e.measured)
-        return [sum(s * of(c) for s, c in zip(p.shares, p.expert_costs, strict=True)) / 1e9 if p else of(dense) / 1e9 for p in plans]
+        def one(m: Measured) -> float:
+            if m.plan is None:
+                return of(dense) / 1e9
+            if m.sampler:  # under which experts serve other parts of the steps
+                return math.nan
+            return sum(share * of(cost) for share, cost in zip(m.plan.shares, m.plan.expert_costs, strict=True)) / 1e9
+
+        return [one(m) for m in e.measured]
 
     macs, bare = weighted(lambda cost: cost.macs), weighted(lambda cost: cost.macs_without_attention)
     exported, memory, time = _metric(e, "gmacs_per_step"), _metric(e, "peak_memory_mib"), _metric(e, "ms_per_step")
-    known = [predicted_ms(m.plan) if m.plan else dense_ms for m in e.measured]
+    known = [(None if m.sampler else predicted_ms(m.plan)) if m.plan else dense_ms for m in e.measured]
     predicted = [math.nan if value is None else value for value in known]
     params = [[cost.params / 1e6 for cost in (m.plan.expert_costs if m.plan else (dense,))] for m in e.measured]
     every, largest = list(map(sum, params)), list(map(max, params))
@@ -132,8 +138,9 @@ def fitted(columns: list[Column]) -> list[list[Column]]:
 
 
 def _differ(values: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether any value was measured that is not about the other."""
-    return any(math.isfinite(v) and not math.isclose(v, other, rel_tol=1e-3) for v, other in zip(values, others, strict=True))
+    """Whether any value was measured that is not about the other, where that is known."""
+    pairs = zip(values, others, strict=True)
+    return any(math.isfinite(v) and not math.isnan(other) and not math.isclose(v, other, rel_tol=1e-3) for v, other in pairs)
 
 
 Row = tuple[str, list[tuple[str, bool]]]

@@ -167,6 +167,12 @@ def holding(rows: Mapping[str, Any], dense: Mapping[str, Any], same_mixtures: bo
     }
 
 
+def _denoiser(label: str) -> str:
+    """A label without the further sampler that the denoiser is under."""
+    name, _, rest = label.partition(" ")
+    return name if ":" in rest else label
+
+
 def _is_version(label: str) -> bool:
     return not _is_dense(label) and ":" in label.partition(" ")[0]
 
@@ -278,7 +284,7 @@ def _row(run: Run, name: str, label: str, metrics: Mapping[str, Any], first: Run
     trained = None if not plan or run.trained_images is None else run.trained_images * (not label.endswith(CUT_ONLY))
     return {
         "run": "" if _is_dense(label) else name,
-        "label": DENSE if _is_dense(label) else label,
+        "label": DENSE if _is_dense(label) else _denoiser(label),
         "experts": run.experts if plan else None,
         "agent": metrics.get("agent") or (_agent(run, label) if plan else None),
         "sampler": sampler(metrics),
@@ -299,8 +305,8 @@ def _row(run: Run, name: str, label: str, metrics: Mapping[str, Any], first: Run
 
 def _agent(run: Run, label: str) -> str | None:
     """Who found the plan of a mixture whose row does not say so: its label does, or the run."""
-    budget, _, kind = label.partition(" ")
-    return "uniform" if kind == CUT_ONLY else kind if kind and ":" not in kind else run.agents.get(budget)
+    budget, _, kind = _denoiser(label).partition(" ")
+    return "uniform" if kind == CUT_ONLY else kind or run.agents.get(budget)
 
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:

@@ -129,15 +129,15 @@ def specialize(ctx: Context) -> dict[str, Any]:
 
 
 def route(ctx: Context) -> dict[str, Any]:
-    """Every agent searches every budget; per budget a plan is chosen by its search loss, and by its samples after a little fine-tuning."""
+    """Every agent searches every budget; per budget the plan is chosen whose experts are closest to dense after a little fine-tuning."""
     job, train = ctx.job, training_rows(ctx)
     item = calibrate(ctx, route_task(ctx), train)
     budgets = {job.budget(i).name: job.budget(i) for i in range(len(job.budgets))}
     found, counted = search_plans(ctx, item, budgets.values(), agents_of(job), job.router.seeds), read_influence(item)
     plans, spent_s = proxies.compare(ctx, item, train, found.plans)
-    chosen = {name: proxies.choose([p for p in plans if p.budget == budget]) for name, budget in budgets.items()}
+    chosen = {name: min((p for p in plans if p.budget == budget), key=lambda p: p.rank) for name, budget in budgets.items()}
     for name, plan in chosen.items():
-        told = merits(plan, [p for p in plans if p.budget == plan.budget], job.proxy_steps)
+        told = merits([p for p in plans if p.budget == plan.budget], job.proxy_steps)
         ctx.say(f"  {name}: {plan.agent} chosen, {plan.cost_ratio:.3f} of dense {plan.budget.quantity} ({told})")
     if found.known:
         ctx.say(f"  {found.known} of the {len(plans)} plans were there from earlier searches")
@@ -274,7 +274,7 @@ STAGES = (
         route,
         ("specialize",),
         ("router", "budgets", "timing", "sampler.scheduler", "sampler.steps", "sampler.guidance_scale", "finetune.compare"),
-        version=searching.VERSION,
+        version=searching.VERSION + proxies.VERSION,  # both only grow
         leaves=lambda result: result["searches"],
         leans=False,
     ),
@@ -304,7 +304,7 @@ STAGES = (
             "name",
             "registry",
         ),
-        ignores=tuple(  # how work is shared out; and files, which are known by what they hold
+        ignores=tuple(  # how work is shared out; files, which are known by what they hold; and what ``later`` has
             f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference", "kid_reference", "lpips", "mixtures")
         ),
         later={"sampler.epsilon_scale": 1.0, "evaluate.mixtures": []},
@@ -324,7 +324,8 @@ def _partition(ctx: Context) -> Partition:
 
 
 def _warn_of_few_steps(ctx: Context, cuts: Partition) -> None:
-    for text in few_steps(cuts, steps_served(ctx.job.model.path, cuts, [(ctx.job.sampler.scheduler, ctx.job.sampler.steps)])):
+    samplers = [evaluation.job_sampler(ctx.job), *evaluation.further_samplers(ctx.job, "mixtures")]
+    for text in few_steps(cuts, steps_served(ctx.job.model.path, cuts, [(sampler.scheduler, sampler.steps) for sampler in samplers])):
         ctx.say(f"  warning: {text}")
 
 

@@ -240,14 +240,17 @@ def manifest_text(reference: str, path: str, manifest: MixtureManifest) -> str:
         macs = f"{cost.macs / 1e9:>9.3f}{cost.macs_without_attention / 1e9:>14.3f}"
         lines.append(f"{interval.name:<14}{share:>7.0%}{macs}{cost.params / 1e6:>8.2f}M{dropped:>9}{narrowed:>10}")
     told = any("peak_memory_mib" in m for m in manifest.metrics.values())
-    head = f"{'':<22}{'denoising loss':>15}{'paired MSE':>12}{'PSNR dB':>9}{'ms/step':>9}"
+    wide = max(22, *(len(label) + 2 for label in manifest.metrics))
+    head = f"{'':<{wide}}{'denoising loss':>15}{'paired MSE':>12}{'PSNR dB':>9}{'ms/step':>9}"
     compared = any(m.get("frechet") is not None for m in manifest.metrics.values())
     lines += ["", head + (f"{'peak MiB':>10}" if told else "") + (f"{'FD':>9}" if compared else "")]
     for label, m in manifest.metrics.items():
         psnr = "" if m["paired_psnr_db"] is None else f"{m['paired_psnr_db']:.2f}"
         memory = f"{m['peak_memory_mib']:>10.0f}" if "peak_memory_mib" in m else ""
         distance = f"{sig(m['frechet']):>9}" if m.get("frechet") is not None else ""
-        lines.append(f"{label:<22}{m['denoising_loss']:>15.5f}{m['paired_mse']:>12.5f}{psnr:>9}{m['ms_per_step']:>9.1f}{memory}{distance}")
+        lines.append(
+            f"{label:<{wide}}{m['denoising_loss']:>15.5f}{m['paired_mse']:>12.5f}{psnr:>9}{m['ms_per_step']:>9.1f}{memory}{distance}"
+        )
     if protocol := common_protocol(manifest.metrics):
         lines += ["", measured_under(protocol, manifest.metrics.values())]
     return "\n".join(lines)

@@ -43,7 +43,11 @@ def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[W
     dense_samples = float(influenced * min(job.sampler.steps, influence.STEPS))
     drawn = job.evaluate.samples + job.evaluate.frechet_samples
     row = job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps
-    dense, mixtures = ([float(drawn * s.steps) for s in evaluation.further_samplers(job, key)] for key in ("dense", "mixtures"))
+    own = evaluation.job_sampler(job)
+    dense, mixtures = (
+        [float(drawn * sampler.steps) for sampler in evaluation.further_samplers(job, key) if sampler != own]
+        for key in ("dense", "mixtures")
+    )
     rows = [row, *dense, *(further * ratio for ratio in ratios for further in mixtures)]
     rows += [row * ratio for ratio in ratios for _ in range(copies + job.evaluate.cut_only)]
     return {
@@ -82,13 +86,11 @@ def passes(works: Sequence[Work]) -> float:
 
 
 def _proxies(job: JobConfig, agents: int, experts: int) -> tuple[Work, ...]:
-    """Every agent's plan of every budget: trained for a little while, then sampled from; and dense's samples."""
-    steps, samples = job.proxy_steps, job.router.influence_samples or job.evaluate.samples
-    if not steps or agents == 1:
+    """Every agent's plan of every budget, trained for a little while."""
+    if not job.proxy_steps or agents == 1:
         return ()
-    drawn = float(samples * min(job.sampler.steps, influence.STEPS) * (1 if job.sampler.guidance_scale == 1 else 2))
-    tuned = [experts * steps * job.finetune.batch_size * (1 + 3 * budget.ratio) + drawn * budget.ratio for budget in job.budgets]
-    return Work("draw_dense", (drawn,)), Work("proxy_distance", tuple(cost for cost in tuned for _ in range(agents)))
+    tuned = [experts * job.proxy_steps * job.finetune.batch_size * (1 + 3 * budget.ratio) for budget in job.budgets]
+    return (Work("proxy_distance", tuple(cost for cost in tuned for _ in range(agents))),)
 
 
 def _trained(settings: Training, networks: float) -> float:

@@ -25,7 +25,7 @@ from workers import checkpoint, data, families, routers, tasks
 from workers.contracts import ArchitectureSpec, ElasticSettings, ExpertTask, ImageTask, Interval, Progress, TrainSettings
 from workers.cost import CostTable, cost_table
 from workers.diffusion import NoiseSchedule, generator
-from workers.elastic import ElasticDenoiser, extract
+from workers.elastic import extract
 from workers.routers.uniform import at_level
 from workers.samples import open_samples
 from workers.session import Session
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         small = dataclasses.replace(task, train=train_settings)
         network = tuned(small, source, spec, options.images // size, folder / str(number), options.device, hear)
         (since, first), (until, last) = told[1], told[-1]
-        error = held.error(ElasticDenoiser(network, ()), ArchitectureSpec({}))
+        error = held.error(network)
         print(f"{run:<20} error {error:.4f}   {(last - first) * size / (until - since):.0f} images/s", flush=True)
 
 

@@ -193,7 +193,7 @@ class MixturePlan(Record):
     reasons: tuple[tuple[SiteReason, ...], ...] = ()
     """Per expert, the sites that tell most about the choice."""
     distance: float | None = None
-    """How far its samples are from dense's after a little fine-tuning (`tasks_route.proxy_distance`); None if there was none."""
+    """How far its experts are from dense after a little fine-tuning (`tasks_route.proxy_distance`); None if there was none."""
 
     def __post_init__(self) -> None:
         if not len(self.experts) == len(self.shares) == len(self.expert_costs) == len(self.partition):
@@ -201,7 +201,7 @@ class MixturePlan(Record):
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The lower, the better a plan of its budget: those that were tried come first, by what they drew; the others by search loss."""
+        """The lower, the better a plan of its budget: those that were tried come first, by their distance; the others by search loss."""
         return math.inf if self.distance is None else self.distance, self.loss
 
     def cost(self, metric: str) -> float:

@@ -26,8 +26,9 @@ class RowTask(Record):
     out: str
     dense: str | None = None
     """``out`` of the dense model under the job's sampler, which comes first; None: this is it."""
-    network: str | None = None
-    """``out`` of a row before it that is the same denoiser under another sampler: what a step costs and the denoising loss are known."""
+    known_from: str | None = None
+    """``out`` of a row before it that is the same denoiser under another sampler: the denoising loss is known, and for dense what a step
+    costs; a mixture's depends on how many steps each expert serves."""
     reference: str | None = None
     """The statistics (npz) that features are compared with, perhaps followed by ``:PREFIX``."""
     kid_reference: str | None = None
@@ -37,6 +38,10 @@ class RowTask(Record):
     """Of the code that measures."""
     drawn_at_once: int = 1
     """Shards that were drawn at the same time at most: images/s are those of one among so many."""
+
+    @property
+    def is_dense(self) -> bool:
+        return self.shards[0].denoiser.plan is None
 
     @property
     def label(self) -> str:

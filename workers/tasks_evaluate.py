@@ -154,7 +154,7 @@ def summarise(session: Session, items: tuple[RowTask, ...]) -> list[str]:
     started, dense_ms = time.time(), math.nan
     for done, item in enumerate(items, 1):
         if not Path(item.out).exists():
-            if item.dense is not None and item.network is None and math.isnan(dense_ms):
+            if item.dense is not None and not item.is_dense and math.isnan(dense_ms):
                 dense_ms = _costs(session, replace(item.shards[0], denoiser=DenoiserRef("dense")))["ms_per_step"]
             row = _row(session, item, dense_ms)
             dense_ms = row["ms_per_step"] if item.dense is None else dense_ms
@@ -174,21 +174,21 @@ def _row(session: Session, item: RowTask, dense_ms: float) -> dict[str, Any]:
     task, shards = item.shards[0], [dict(np.load(shard.out)) for shard in item.shards]
     samples = _joined(shards, "samples")
     dense_samples = samples if item.dense is None else np.load(Path(item.dense).with_suffix(".npz"))["samples"]
-    if item.network is not None:
-        known = json.loads(Path(item.network).read_text())
-        network = {key: known[key] for key in (*evaluate.LOSSES, *evaluate.COSTS) if key in known}
-        dense_ms = known["dense_ms_per_step"]
+    known = json.loads(Path(item.known_from).read_text()) if item.known_from is not None else {}
+    if known:
+        quality = {key: known[key] for key in evaluate.LOSSES}
     else:
         losses = _joined(shards, "losses")
-        network = {
+        quality = {
             "denoising_loss": float(losses.mean()),
             "denoising_loss_by_timestep": [float(v) for v in losses.mean(0)],
             "timesteps": list(task.timesteps),
-            **_costs(session, task),
         }
+    costs = {key: known[key] for key in evaluate.COSTS if key in known} if known and item.is_dense else _costs(session, task)
     return {
-        **network,
-        "dense_ms_per_step": network["ms_per_step"] if item.dense is None else dense_ms,
+        **quality,
+        **costs,
+        "dense_ms_per_step": costs["ms_per_step"] if item.is_dense else dense_ms,
         **evaluate.paired_metrics(samples, dense_samples),
         **({} if item.lpips is None else {"paired_lpips": evaluate.lpips(item.lpips, samples, dense_samples, session.device)}),
         **_distances(item, shards),

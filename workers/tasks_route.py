@@ -126,29 +126,28 @@ def expert_influence(session: Session, item: tuple[InfluenceTask, int]) -> tuple
         spec = routers.agent("uniform").search(problem, route.settings, random.Random(0))[k]
         small = _trained(session, replace(task.tuned[k], spec=spec))
     else:
-        level = level_of_error(lambda level: score[k].error(experts[k], at_level(experts[k].space, level)))
+        level = level_of_error(lambda level: score[k].error(functools.partial(experts[k], spec=at_level(experts[k].space, level))))
         spec = at_level(experts[k].space, level)
         small = extract(experts[k].model, experts[k].branches, spec)
     with np.load(task.dense, allow_pickle=False) as arrays, _precision(route):
         distance = _probe(task).distance({k: small}, dict(arrays))
     session.report(Progress(route.stage, unit, 1, 1))
-    return distance, score[k].error(experts[k], spec)
+    return distance, score[k].error(functools.partial(experts[k], spec=spec))
 
 
 def proxy_distance(session: Session, item: ProxyTask) -> str:
-    """Train a plan's experts for a little while and measure how far its samples are from dense's then.
+    """Train a plan's experts for a little while and measure how far they are from dense then: their errors, weighted as a search does.
 
     A search knows sub-networks of elastic experts, not what they become: some lose little before fine-tuning and gain little by it.
     """
-    started, route = time.time(), item.drawn.route
-    unit, total = f"proxy {item.plan.budget.name} {item.plan.agent}", len(item.experts) + 1
-    networks = {}
+    started, route = time.time(), item.route
+    unit, total = f"proxy {item.plan.budget.name} {item.plan.agent}", len(item.experts)
+    weights, (_, _, score) = _problem(route).weights, _calibration(_shared(route))
+    distance = 0.0
     for k, task in enumerate(item.experts):
         session.report(Progress(route.stage, unit, k, total, seconds=time.time() - started))
-        networks[k] = _trained(session, task)
-    session.report(Progress(route.stage, unit, total - 1, total, seconds=time.time() - started))
-    with np.load(item.drawn.dense, allow_pickle=False) as arrays, _precision(route):
-        distance = _probe(item.drawn).distance(networks, dict(arrays))
+        if weights[k] > 0:
+            distance += weights[k] * score[k].error(_trained(session, task))
     session.report(Progress(route.stage, unit, total, total, distance, seconds=time.time() - started))
     with replacing(Path(item.out)) as path:
         path.write_text(json.dumps({"distance": distance, "seconds": round(time.time() - started, 2)}))

@@ -55,10 +55,10 @@ class InfluenceTask(Record):
 
 @dataclass(frozen=True)
 class ProxyTask(Record):
-    """What a plan is worth after a little fine-tuning, ``experts``: how far its samples are from dense's, and the seconds, go to ``out``
-    (JSON). ``drawn``: whose samples, as far as they are dense's."""
+    """What a plan is worth after a little fine-tuning, ``experts``: how far they are from dense, and the seconds, go to ``out`` (JSON).
+    ``route``: of the plan's budget, calibrated."""
 
-    drawn: InfluenceTask
+    route: RouteTask
     plan: MixturePlan
     experts: tuple[ExpertTask, ...]
     out: str

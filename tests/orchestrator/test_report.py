@@ -256,17 +256,6 @@ def test_says_so_when_era_loses_to_greedy_and_to_uniform(tmp_path: Path) -> None
     assert "The plan of greedy is used." in lost
 
 
-def test_says_so_when_the_search_decides_between_samples_that_are_about_alike(tmp_path: Path) -> None:
-    e = evidence.gather(finished_run(tmp_path, losses=(1.5, 1.4, 1.2)))
-    [plan] = [trial for trial in e.chosen if trial.budget.ratio == 0.5]
-    far = {"era": 86.4, "greedy": 90.0, "uniform": 68.9}
-    trials = tuple(replace(trial, distance=far[trial.agent]) for trial in e.trials)
-    told = remarks._agents(replace(e, trials=trials), replace(plan, distance=86.4))
-    assert told.level == "note"
-    assert told.text.startswith("At 50%, the plan of era is used: the lowest search loss, ")
-    assert told.text.endswith(" of fine-tuning is 86.4, against uniform 68.9, too alike to tell.")
-
-
 def test_a_tie_is_no_victory_of_era(tmp_path: Path) -> None:
     assert "era did not beat uniform here" in said(finished_run(tmp_path, losses=(1.2, 1.5, 1.2)), "warning")
 

@@ -196,13 +196,13 @@ def test_dense_rows_of_the_usual_scale_are_a_line_and_others_hollow() -> None:
     plain, scaled = (figures_quality._dense_lines(rows, usual) for usual in ("ddim:50", "ddim:20:1.002"))
     assert [(s.name, [p.note for p in s.points]) for s in plain] == [
         ("dense, ddim (number: steps)", ["50", "25"]),
-        ("dense, ddim, noise scaled (steps / by what)", ["50 / 1.002"]),
-        ("dense, dpmpp, noise scaled (steps / by what)", ["20 / 1.002"]),
+        ("dense, ddim, scaled (steps / scale)", ["50 / 1.002"]),
+        ("dense, dpmpp, scaled (steps / scale)", ["20 / 1.002"]),
     ]
     assert [(s.name, [p.note for p in s.points]) for s in scaled] == [
         ("dense, ddim (number: steps)", ["50"]),
         ("dense, dpmpp (number: steps)", ["20"]),
-        ("dense, ddim, noise scaled (steps / by what)", ["50 / 1", "25 / 1"]),
+        ("dense, ddim, scaled (steps / scale)", ["50 / 1", "25 / 1"]),
     ]
 
 
@@ -211,8 +211,8 @@ def test_mixtures_under_further_samplers_are_hollow_points_that_say_budget_steps
     rows = [("50%", "ddim:25", point), ("35%", "dpmpp:10:1.009", point), ("50%", "dpmpp:20:1.004", point)]
     found = figures_quality._mixtures_under_further_samplers(rows)
     assert [(s.name, [p.note for p in s.points]) for s in found] == [
-        ("mixtures, ddim (steps / noise by what)", ["50%\n25 / 1"]),
-        ("mixtures, dpmpp (steps / noise by what)", ["35%\n10 / 1.009", "50%\n20 / 1.004"]),
+        ("mixtures, ddim (steps / scale)", ["50%\n25 / 1"]),
+        ("mixtures, dpmpp (steps / scale)", ["35%\n10 / 1.009", "50%\n20 / 1.004"]),
     ]
     assert {s.style["markerfacecolor"] for s in found} == {"white"}
 

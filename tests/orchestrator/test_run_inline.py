@@ -417,7 +417,7 @@ def test_more_rows_are_no_new_version_and_no_table_loses_the_mixtures(run):
     found = json.loads(diffpruning("results", run.run, "--json").stdout)
     rows = {(row["label"], row["sampler"]): row for row in found["rows"]}
     mixtures = {(label, "ddim:4:1.05") for label in metrics}
-    further = {(f"{budget} ddim:3", "ddim:3") for budget in run.found["published"]}
+    further = {(budget, "ddim:3") for budget in run.found["published"]}
     assert set(rows) == {*mixtures, *further, ("dense", "ddim:2"), ("dense", "ddim:3")}
     assert {rows[label, "ddim:3"]["agent"] for label, _ in further} == {
         rows[label, "ddim:4:1.05"]["agent"] for label in run.found["published"]
@@ -427,16 +427,29 @@ def test_more_rows_are_no_new_version_and_no_table_loses_the_mixtures(run):
     assert names[:2] == ["", " ddim:3"]
 
 
-def test_a_mixture_under_a_further_sampler_is_the_same_network_timed_once(run):
-    label = "macs-0.50 ddim:2:1.05"
-    rows = evaluated(run, "--set", "evaluate.mixtures=['ddim:2:1.05']", "--only", label)
+def test_a_mixture_under_a_further_sampler_is_as_its_version_in_a_job_of_that_sampler(run):
+    label = "macs-0.50 ddim:3:1.05"
+    rows = evaluated(run, "--set", "evaluate.mixtures=['ddim:3:1.05']", "--only", label)
     assert list(rows) == ["dense", "macs-0.50", label]
-    for key in ("ms_per_step", "dense_ms_per_step", "gmacs_per_step", "denoising_loss", "agent", "trained_images"):
+    for key in ("denoising_loss", "denoising_loss_by_timestep", "agent", "trained_images"):
         assert rows[label][key] == rows["macs-0.50"][key]
-    assert rows[label]["relative_time"] == rows["macs-0.50"]["relative_time"] / 2
-    evaluated(run, "--set", "sampler.steps=2", "--version", "small:1", "--only", "small:1")
-    [further], [job] = ((run.run / "evaluation").glob(f"{name}-??????????.npz") for name in ("macs-0.50-ddim-2-1.05", "small-1"))
-    np.testing.assert_allclose(samples_of(further), samples_of(job), atol=1e-4)
+    other = evaluated(run, "--set", "sampler.steps=3", "--version", "small:1", "--only", "small:1")["small:1"]
+    assert rows[label]["gmacs_per_step"] == pytest.approx(other["gmacs_per_step"])
+    assert rows[label]["gmacs_per_step"] != pytest.approx(rows["macs-0.50"]["gmacs_per_step"]), "experts serve other parts of three steps"
+    [further], [alone] = ((run.run / "evaluation").glob(f"{name}-??????????.npz") for name in ("macs-0.50-ddim-3-1.05", "small-1"))
+    np.testing.assert_allclose(samples_of(further), samples_of(alone), atol=1e-4)
+
+
+def test_a_version_is_drawn_at_its_own_scale_and_beside_it_at_the_jobs(run):
+    rows = evaluated(
+        run,
+        *("--set", "sampler.epsilon_scale=1.02", "--set", "evaluate.mixtures=['ddim:4:1.02','ddim:4:1.05']"),
+        *("--version", "small:1", "--only", "small:1 ddim:4:1.02"),
+    )
+    scales = {label: row["sampler"]["epsilon_scale"] for label, row in rows.items()}
+    assert scales == {"dense": 1.02, "small:1": 1.05, "small:1 ddim:4:1.02": 1.02}
+    assert rows["small:1"]["denoising_loss"] == rows["small:1 ddim:4:1.02"]["denoising_loss"]
+    assert rows["small:1"]["paired_mse"] != rows["small:1 ddim:4:1.02"]["paired_mse"]
 
 
 def test_every_mixture_says_who_found_it_and_what_its_training_took(run):

@@ -134,7 +134,7 @@ def test_a_row_of_the_dense_model_under_another_sampler_costs_no_second_measurem
     fewer = dataclasses.replace(
         task, denoiser=DenoiserRef("dense ddim:2"), sampler=SamplerRef("ddim", 2, 0.0), rows=(), out=str(tmp_path / "t.npz")
     )
-    found = row((fewer,), tmp_path / "fewer.json", dense=str(tmp_path / "dense.json"), network=str(tmp_path / "dense.json"))
+    found = row((fewer,), tmp_path / "fewer.json", dense=str(tmp_path / "dense.json"), known_from=str(tmp_path / "dense.json"))
     for key in ("ms_per_step", "gmacs_per_step", "denoising_loss", "timesteps"):
         assert found[key] == dense[key]
     assert dense["paired_mse"] == 0 < found["paired_mse"]

@@ -141,7 +141,7 @@ def test_on_a_gpu_the_memory_is_that_of_the_experts_there_and_samples_stay_the_s
     for t in pipeline.scheduler.timesteps:
         mixture(noise(2, 3, 32, 32).cuda(), t)
         seen.append(torch.cuda.memory_allocated())
-    assert max(seen) < 1.05 * largest + 2**26 and max(seen) < whole  # a Hopper GPU's cuBLAS keeps 32 MiB to work in
+    assert max(seen) < 1.05 * largest + 2**25 and max(seen) < whole  # a Hopper GPU's cuBLAS keeps 2**25 bytes to work in
     assert mixture.half().device.type == "cuda"
     assert mixture(noise(2, 3, 32, 32).cuda().half(), 5).sample.isfinite().all()
 

@@ -90,11 +90,11 @@ class CalibrationBatch:
         return _error(self.taught, self.target)
 
     @torch.no_grad()
-    def error(self, expert: ElasticDenoiser, spec: ArchitectureSpec) -> float:
-        """Mean distillation error of a sub-network, in units of ``scale``."""
+    def error(self, denoiser: Callable[..., Any]) -> float:
+        """Mean distillation error of a denoiser, in units of ``scale``."""
         assert self.scale is not None
         with self.autocast():
-            predicted = predict(functools.partial(expert, spec=spec), self.noisy, self.timesteps, self.told)
+            predicted = predict(denoiser, self.noisy, self.timesteps, self.told)
         return float((_error(predicted, self.taught) / self.scale).mean())
 
     def loss(self, predicted: Tensor) -> Tensor:

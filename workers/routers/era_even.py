@@ -1,7 +1,7 @@
 """The Expert Routing Agent with the same budget for every expert: what each loses is learned, who gets how much is not.
 
 Before fine-tuning, the errors of small noisy experts seem to ask for most of a budget, and after it they do not; a search that trades
-between experts then gives too much to some. Who is right, the samples tell (`tasks_route.proxy_distance`).
+between experts then gives too much to some. Who is right, a little fine-tuning tells (`tasks_route.proxy_distance`).
 """
 
 from __future__ import annotations
