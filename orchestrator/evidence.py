@@ -109,10 +109,9 @@ class Evidence:
 
     def macs_ratio(self, m: Measured) -> float:
         """MACs of a whole trajectory, dense's under the job's sampler being 1."""
-        if m.plan is None or m.sampler:  # a plan's is that under the job's sampler
-            step = float(m.metrics["gmacs_per_step"] / self.dense.metrics["gmacs_per_step"])
-        else:
-            step = m.plan.macs_ratio
+        step = m.plan.macs_ratio if m.plan else 1.0
+        if m.plan and m.sampler:  # under which experts serve other parts of the steps than the plan says
+            step = m.metrics["gmacs_per_step"] / self.dense.metrics["gmacs_per_step"]
         return float(m.metrics["calls"] / self.dense.metrics["calls"] * step)
 
     def time_ratio(self, m: Measured) -> float:

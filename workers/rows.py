@@ -41,7 +41,7 @@ class RowTask(Record):
 
     @property
     def is_dense(self) -> bool:
-        return self.shards[0].denoiser.plan is None
+        return self.dense is None or self.known_from == self.dense
 
     @property
     def label(self) -> str:

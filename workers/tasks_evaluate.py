@@ -154,7 +154,7 @@ def summarise(session: Session, items: tuple[RowTask, ...]) -> list[str]:
     started, dense_ms = time.time(), math.nan
     for done, item in enumerate(items, 1):
         if not Path(item.out).exists():
-            if item.dense is not None and not item.is_dense and math.isnan(dense_ms):
+            if not item.is_dense and math.isnan(dense_ms):
                 dense_ms = _costs(session, replace(item.shards[0], denoiser=DenoiserRef("dense")))["ms_per_step"]
             row = _row(session, item, dense_ms)
             dense_ms = row["ms_per_step"] if item.dense is None else dense_ms

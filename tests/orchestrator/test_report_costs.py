@@ -169,6 +169,22 @@ def test_dense_with_fewer_steps_stands_under_dense_and_repeats_none_of_its_losse
     assert not any(best for _, cells in rows[""] for _, best in cells), "best of its budget, and dense has none"
 
 
+def test_a_mixture_under_a_further_sampler_has_its_own_costs_and_no_plans(tmp_path: Path) -> None:
+    """Experts serve other parts of its steps, so what the plan says of a step does not hold; and nothing was trained for it."""
+    e = evidence.gather(finished_run(tmp_path, budgets=(0.5,)))
+    own = e.mixture(e.chosen[0])
+    e = replace(e, measured=(replace(e.dense, metrics={**e.dense.metrics, "gmacs_per_step": 1.0}), *e.measured[1:]))
+    metrics = {"macs-0.50 ddim:5": {**own.metrics, "calls": 5, "gmacs_per_step": 0.4}}
+    [further] = evidence._further(own, "macs-0.50", metrics, {"macs-0.50 ddim:5": own.samples})
+    assert (further.name, further.experts, further.plan) == ("50% mixture ddim:5", (), own.plan)
+    both = replace(e, measured=(*e.measured, further))
+    assert both.macs_ratio(further) == pytest.approx(0.4 * 5 / e.dense.metrics["calls"])
+    assert evidence.curves(both)[0] == evidence.curves(e)[0]
+    columns = {(column.title, column.unit): column.text(len(e.measured)) for column in report.cost_columns(both)}
+    assert columns["MACs", "of dense"] == "" != columns["time", "ms / step"]
+    assert report.key_rows(both, report.cost_columns(both))["50% of dense MACs"][-1][0] == "mixture (era) ddim:5"
+
+
 def test_a_mixture_that_fewer_steps_beat_is_warned_of(tmp_path: Path) -> None:
     better = with_fewer_steps(tmp_path / "a", {"dense": 1.5, "dense ddim:5": 9.0, "50% mixture": 2.0})
     assert (better.quality, better.macs_ratio(better.measured[1])) == ("frechet", 0.25)

@@ -108,6 +108,20 @@ def test_rows_are_sorted_by_time_and_dense_stands_there_once(two):
     assert [r["frechet"] for r in collected(*reversed(two))["rows"]][-1] == 4.1, "dense is that of the first run"
 
 
+def test_a_further_sampler_of_a_mixture_and_of_a_version_is_a_row_of_the_same_denoiser(tmp_path):
+    rows = {"dense": dense(), "macs-0.50": row(6.0, 5.0), "macs-0.50 ddim:20:1.01": row(5.0, 7.0, "ddim:20")}
+    version = {"church:2": row(6.0, 5.0), "church:2 ddim:20": row(6.0, 8.0, "ddim:20")}
+    found = collected(run_folder(tmp_path / "k3", {**rows, **version}))
+    assert [(r["label"], r["sampler"], r["experts"], r["agents"], r["relative_time"]) for r in found["rows"]] == [
+        ("macs-0.50", "ddim:20", [3], ["era"], 0.2),
+        ("church:2", "ddim:20", [], [], pytest.approx(0.24)),
+        ("macs-0.50", "ddim:50", [3], ["era"], 0.6),
+        ("church:2", "ddim:50", [], [], 0.6),
+        ("dense", "ddim:50", [], [], 1.0),
+    ]
+    assert figures_quality.pareto_of_runs(found).startswith(b"\x89PNG")
+
+
 def test_times_of_another_device_are_left_out_and_its_quality_is_not(two, tmp_path):
     there = {"dense": dense(device=CPU, batch=2), "macs-0.50": row(8.0, 5.5, gmacs=3.0, device=CPU, batch=2)}
     older = {"dense": dense(device=None), "macs-0.50": row(8.0, 5.7, gmacs=3.0, device=None)}
