@@ -163,8 +163,8 @@ def _mixtures_under_further_samplers(rows: Sequence[tuple[str, str, Point]]) -> 
     found: dict[str, list[Point]] = {}
     for budget, drawn_with, point in rows:
         scheduler, steps, scale = _parts(drawn_with)
-        found.setdefault(scheduler, []).append(point._replace(note=f"{budget}\n{steps} / {scale}"))
-    colour, notes = KINDS["mixture"], {**ABOVE, "xytext": (5, -8), "color": KINDS["mixture"]}
+        found.setdefault(scheduler, []).append(point._replace(note=f"{budget}: {steps}" + (f" / {scale}" if scale != "1" else "")))
+    colour, notes = KINDS["mixture"], {**ABOVE, "color": KINDS["mixture"], "rotation": 45}
     return [
         Series(f"mixtures, {scheduler} (steps / scale)", points, {**_marks(colour, marker), "markerfacecolor": "white"}, notes)
         for (scheduler, points), marker in zip(found.items(), cycle(MARKERS), strict=False)

@@ -227,8 +227,8 @@ def test_mixtures_under_further_samplers_are_hollow_points_that_say_budget_steps
     rows = [("50%", "ddim:25", point), ("35%", "dpmpp:10:1.009", point), ("50%", "dpmpp:20:1.004", point)]
     found = figures_quality._mixtures_under_further_samplers(rows)
     assert [(s.name, [p.note for p in s.points]) for s in found] == [
-        ("mixtures, ddim (steps / scale)", ["50%\n25 / 1"]),
-        ("mixtures, dpmpp (steps / scale)", ["35%\n10 / 1.009", "50%\n20 / 1.004"]),
+        ("mixtures, ddim (steps / scale)", ["50%: 25"]),
+        ("mixtures, dpmpp (steps / scale)", ["35%: 10 / 1.009", "50%: 20 / 1.004"]),
     ]
     assert {s.style["markerfacecolor"] for s in found} == {"white"}
 
