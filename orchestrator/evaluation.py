@@ -89,7 +89,7 @@ def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition)
     dense_from += [job.seed, job.data.model_dump(mode="json", include={"holdout", "resize", "on_error", "latent_dtype", "encode_math"})]
     rows = {DENSE: Row(denoisers[DENSE], sampler, cuts, dense_from)}
     for other in further_samplers(job, "dense"):
-        if other != sampler:
+        if other.name != sampler.name:
             label = f"{DENSE} {other.name}"
             rows[label] = Row(DenoiserRef(label), other, cuts, dense_from, known_from=DENSE)
     chosen = {job.budget(i).name for i in range(len(job.budgets))}
@@ -98,7 +98,7 @@ def rows_of(ctx: Context, denoisers: Mapping[str, DenoiserRef], cuts: Partition)
             drawn = sampler if ref.folder is None else replace(sampler, epsilon_scale=ref.epsilon_scale)
             rows[label] = row = Row(ref, drawn, ref.plan.partition if ref.plan else cuts, _made_from(ctx, ref), _told(ctx, ref))
             for other in further_samplers(job, "mixtures") if label in chosen or ref.folder is not None else ():
-                if other != drawn:
+                if other.name != drawn.name:
                     further = f"{label} {other.name}"
                     rows[further] = replace(row, ref=replace(ref, label=further), sampler=other, known_from=label)
     return rows

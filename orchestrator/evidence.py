@@ -111,7 +111,8 @@ class Evidence:
         """MACs of a whole trajectory, dense's under the job's sampler being 1."""
         step = m.plan.macs_ratio if m.plan else 1.0
         if m.plan and m.sampler:  # under which experts serve other parts of the steps than the plan says
-            step = m.metrics["gmacs_per_step"] / self.dense.metrics["gmacs_per_step"]
+            own = next(other for other in self.measured if (other.kind, other.plan, other.sampler) == (m.kind, m.plan, ""))
+            step *= m.metrics["gmacs_per_step"] / own.metrics["gmacs_per_step"]
         return float(m.metrics["calls"] / self.dense.metrics["calls"] * step)
 
     def time_ratio(self, m: Measured) -> float:

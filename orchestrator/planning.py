@@ -13,9 +13,8 @@ from orchestrator import capacity, evaluation
 from orchestrator.config import JobConfig
 from orchestrator.pipeline import Pipeline
 from orchestrator.registry import Registry
-from orchestrator.stages import STAGES, steps_served
+from orchestrator.stages import STAGES, too_few_steps
 from orchestrator.store import RunStore
-from orchestrator.words import few_steps
 from orchestrator.workload import experts_of, passes, workload
 from workers import conditioning, data, diffusion, families, first_stage, partition, random_init, similarity
 from workers.contracts import InputError, Partition, digest_of
@@ -323,4 +322,4 @@ def _few_steps(prepared: Prepared) -> list[str]:
         cuts = partition.baselines(log_snr, asked.experts, asked.min_timesteps)[asked.method]
     else:
         return []
-    return few_steps(cuts, steps_served(job.model.path, cuts, [(job.sampler.scheduler, job.sampler.steps)]))
+    return too_few_steps(job, cuts)

@@ -99,7 +99,8 @@ def _against_fewer_steps(e: Evidence, plan: MixturePlan) -> list[Remark]:
     is scaled otherwise is none: so could the mixture's be."""
     mixture, word = e.mixture(plan), QUALITIES[e.quality]
     mine, time = mixture.metrics[e.quality], e.time_ratio(mixture)
-    alike = [m for m in e.measured if m.sampler and sampler_of(m.metrics).epsilon_scale == sampler_of(mixture.metrics).epsilon_scale]
+    fewer = [m for m in e.measured if m.sampler and m.plan is None]
+    alike = [m for m in fewer if sampler_of(m.metrics).epsilon_scale == sampler_of(mixture.metrics).epsilon_scale]
     rivals = [m for m in alike if m.metrics[e.quality] is not None and e.time_ratio(m) <= time]
     if not rivals or mine is None:
         return []

@@ -323,9 +323,14 @@ def _partition(ctx: Context) -> Partition:
     return Partition.from_json(ctx.results["partition"]["partition"])
 
 
+def too_few_steps(job: JobConfig, cuts: Partition) -> list[str]:
+    """A sentence for every expert that hardly serves the job's sampler, or one that its mixtures are measured under."""
+    samplers = [evaluation.job_sampler(job), *evaluation.further_samplers(job, "mixtures")]
+    return few_steps(cuts, steps_served(job.model.path, cuts, [(sampler.scheduler, sampler.steps) for sampler in samplers]))
+
+
 def _warn_of_few_steps(ctx: Context, cuts: Partition) -> None:
-    samplers = [evaluation.job_sampler(ctx.job), *evaluation.further_samplers(ctx.job, "mixtures")]
-    for text in few_steps(cuts, steps_served(ctx.job.model.path, cuts, [(sampler.scheduler, sampler.steps) for sampler in samplers])):
+    for text in too_few_steps(ctx.job, cuts):
         ctx.say(f"  warning: {text}")
 
 

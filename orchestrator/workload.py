@@ -43,9 +43,9 @@ def workload(job: JobConfig, table: CostTable, images: int) -> dict[str, tuple[W
     dense_samples = float(influenced * min(job.sampler.steps, influence.STEPS))
     drawn = job.evaluate.samples + job.evaluate.frechet_samples
     row = job.evaluate.images * job.evaluate.timesteps + drawn * job.sampler.steps
-    own = evaluation.job_sampler(job)
+    own = evaluation.job_sampler(job).name
     dense, mixtures = (
-        [float(drawn * sampler.steps) for sampler in evaluation.further_samplers(job, key) if sampler != own]
+        [float(drawn * sampler.steps) for sampler in evaluation.further_samplers(job, key) if sampler.name != own]
         for key in ("dense", "mixtures")
     )
     rows = [row, *dense, *(further * ratio for ratio in ratios for further in mixtures)]

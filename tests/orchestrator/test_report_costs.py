@@ -173,12 +173,13 @@ def test_a_mixture_under_a_further_sampler_has_its_own_costs_and_no_plans(tmp_pa
     """Experts serve other parts of its steps, so what the plan says of a step does not hold; and nothing was trained for it."""
     e = evidence.gather(finished_run(tmp_path, budgets=(0.5,)))
     own = e.mixture(e.chosen[0])
-    e = replace(e, measured=(replace(e.dense, metrics={**e.dense.metrics, "gmacs_per_step": 1.0}), *e.measured[1:]))
-    metrics = {"macs-0.50 ddim:5": {**own.metrics, "calls": 5, "gmacs_per_step": 0.4}}
+    e = replace(e, measured=tuple(replace(m, metrics={**m.metrics, "gmacs_per_step": 0.5}) for m in e.measured))
+    metrics = {"macs-0.50 ddim:5": {**own.metrics, "calls": 5, "gmacs_per_step": 0.4, "relative_time": 0.1, "paired_mse": 0.0001}}
     [further] = evidence._further(own, "macs-0.50", metrics, {"macs-0.50 ddim:5": own.samples})
     assert (further.name, further.experts, further.plan) == ("50% mixture ddim:5", (), own.plan)
     both = replace(e, measured=(*e.measured, further))
-    assert both.macs_ratio(further) == pytest.approx(0.4 * 5 / e.dense.metrics["calls"])
+    assert both.macs_ratio(further) == pytest.approx(0.8 * 5 / e.dense.metrics["calls"] * own.plan.macs_ratio)
+    assert not any("fewer steps" in remark.text for remark in remarks.remarks(both)), "it is no dense model"
     assert evidence.curves(both)[0] == evidence.curves(e)[0]
     columns = {(column.title, column.unit): column.text(len(e.measured)) for column in report.cost_columns(both)}
     assert columns["MACs", "of dense"] == "" != columns["time", "ms / step"]
