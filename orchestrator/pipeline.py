@@ -27,7 +27,7 @@ class Stage:
     ignores: tuple[str, ...] = ()
     """Keys within ``reads`` that change how the stage works and not what it finds."""
     later: Mapping[str, Any] = field(default_factory=dict)
-    """Further keys, which there were not always, with what stands for how it was before: only another value counts."""
+    """Keys, also within ``reads``, which there were not always, with what stands for how it was before: only another value counts."""
     version: int = 1
     holds: Callable[[dict[str, Any]], bool] = lambda result: True
     """Whether what the stage left outside the run folder is still there."""
@@ -73,7 +73,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         self.fingerprints = {}
         for stage in self.stages:
-            values = {key: self._value(key, stage.ignores) for key in stage.reads}
+            values = {key: self._value(key, (*stage.ignores, *stage.later)) for key in stage.reads}
             values |= {key: value for key, before in stage.later.items() if (value := self._value(key, ())) != before}
             needs = [self.fingerprints[name] for name in stage.needs]
             self.fingerprints[stage.name] = digest_of([stage.name, stage.version, values, needs])

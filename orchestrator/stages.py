@@ -304,8 +304,8 @@ STAGES = (
             "name",
             "registry",
         ),
-        ignores=tuple(  # how work is shared out; files, which are known by what they hold; and what ``later`` has
-            f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference", "kid_reference", "lpips", "mixtures")
+        ignores=tuple(  # how work is shared out; and files, which are known by what they hold
+            f"evaluate.{k}" for k in ("batch_size", "shards", "extractor_weights", "reference", "kid_reference", "lpips")
         ),
         later={"sampler.epsilon_scale": 1.0, "evaluate.mixtures": []},
         version=2,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -164,6 +165,18 @@ def test_work_from_before_there_was_a_setting_is_good_until_it_has_another_value
     assert toys.ran == []
     toys.run(changed(unread=1))
     assert toys.ran == ["grow", "tell"]
+
+
+def test_a_later_setting_within_a_section_that_is_read_whole_counts_by_its_value_alone(toys):
+    store = toys.pipeline().store
+
+    def fingerprint(section: dict[str, int], **more: Any) -> str:
+        stage = Stage("start", toys.stages[0].run, (), ("section",), **more)
+        return Pipeline([stage], {"section": section}, {}, store).fingerprints["start"]
+
+    before, later = fingerprint({"old": 1}), {"section.new": 0}
+    assert fingerprint({"old": 1, "new": 0}, later=later) == before
+    assert len({before, fingerprint({"old": 1, "new": 2}, later=later), fingerprint({"old": 2, "new": 0}, later=later)}) == 3
 
 
 def test_states_of_a_run_that_never_was_are_new_and_looking_creates_nothing(tmp_path):
